@@ -1,0 +1,158 @@
+"""torchrun's ranks → Megatron's process groups → `Parallel`, and how ranks agree.
+
+Ranks form a mesh `arange(world).view(pp, dp, tp)`: tensor-parallel peers are neighbours, pipeline
+stages are furthest apart. One *replica* is the tp × pp ranks that hold one copy of the model.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_opd import platform
+
+platform.activate()
+
+from megatron.core import parallel_state as mpu  # noqa: E402
+from megatron.core import tensor_parallel  # noqa: E402
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Where this rank sits in the mesh, and the groups it belongs to."""
+
+    tp: int
+    pp: int
+    dp: int
+    rank: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    device: torch.device
+    tp_group: Any
+    pp_group: Any
+    dp_group: Any
+    replica_group: Any  # the tp × pp ranks of one model copy
+    sequence_parallel: bool = False
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: writes files and speaks to the user."""
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp - 1
+
+    @property
+    def last_stage(self) -> int:
+        """Global rank of this replica's last pipeline stage, for `src=` of a broadcast."""
+        return mpu.get_pipeline_model_parallel_last_rank()
+
+    def broadcast(self, value: T, src: int = 0) -> T:
+        """Return rank `src`'s picklable `value` on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=src)
+        return box[0]
+
+    def owner(self, function: Callable[[], T]) -> T:
+        """Run `function` on rank 0 alone and return its value, or raise its error, everywhere."""
+        return self.agree(function, ranks=(0,))[0]
+
+    def agree(self, function: Callable[[], T], ranks: tuple[int, ...] | None = None) -> list[T]:
+        """Run `function` on `ranks` (default: all) and return all their picklable values.
+
+        If any rank raises `ValueError` or `OSError`, every rank raises one `ValueError` with the
+        first such message: an error is never known to one rank while the others wait for it.
+        """
+        value, error = None, None
+        if ranks is None or self.rank in ranks:
+            try:
+                value = function()
+            except (ValueError, OSError) as problem:
+                error = str(problem)
+        seen: list[Any] = [None] * self.world
+        dist.all_gather_object(seen, (value, error))
+        for _, message in seen:
+            if message is not None:
+                raise ValueError(message)
+        return [value for value, _ in seen]
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def check_layout(world: int, tp: int, pp: int) -> int:
+    """Return the data-parallel size, or raise `ValueError` when tp × pp does not divide world."""
+    if world % (tp * pp):
+        raise ValueError(
+            f"parallel: tp={tp} × pp={pp} needs a multiple of {tp * pp} ranks, got {world}; "
+            "change --nproc-per-node or parallel.tp / parallel.pp"
+        )
+    return world // (tp * pp)
+
+
+def initialize(
+    tp: int = 1,
+    pp: int = 1,
+    *,
+    sequence_parallel: bool = False,
+    seed: int = 0,
+    timeout_minutes: int = 30,
+) -> Parallel:
+    """Join the process group (torchrun's environment, or a world of one) and build the mesh.
+
+    Raises:
+        ValueError: tp × pp does not divide the number of ranks.
+    """
+    world, device = int(os.environ.get("WORLD_SIZE", 1)), platform.device()
+    dp = check_layout(world, tp, pp)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        for name, value in dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR="localhost").items():
+            os.environ.setdefault(name, str(value))
+        os.environ.setdefault("MASTER_PORT", "0" if world == 1 else "29500")
+        dist.init_process_group(platform.backend(), timeout=timedelta(minutes=timeout_minutes))
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        distributed_timeout_minutes=timeout_minutes,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Parallel(
+        tp=tp,
+        pp=pp,
+        dp=dp,
+        rank=dist.get_rank(),
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        pp_rank=mpu.get_pipeline_model_parallel_rank(),
+        dp_rank=mpu.get_data_parallel_rank(),
+        device=device,
+        tp_group=mpu.get_tensor_model_parallel_group(),
+        pp_group=mpu.get_pipeline_model_parallel_group(),
+        dp_group=mpu.get_data_parallel_group(),
+        replica_group=mpu.get_model_parallel_group(),
+        sequence_parallel=sequence_parallel and tp > 1,
+    )
+
+
+def shutdown() -> None:
+    """Leave every process group."""
+    mpu.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

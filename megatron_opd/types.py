@@ -1,0 +1,94 @@
+"""The nouns: Prompt, Rollout, Microbatch, Scores.
+
+Shape suffixes: S sequences · T packed tokens of a microbatch · N supervised tokens (response
+tokens) of a microbatch · H hidden size · K support size · V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question as the model sees it, and what the dataset knows about it."""
+
+    index: int  # row in the mixed prompt list; stable over epochs
+    token_ids: tuple[int, ...]
+    text: str  # what token_ids decode from: the rendered chat template
+    source: str = ""  # data_source column, or the file's name
+    answer: str | None = None  # ground truth, for rewards
+    response: str | None = None  # a response from the dataset, for the replay engine
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A prompt and one response to it, with the engine's own log-probabilities.
+
+    `logp[i]` is the log-probability, in nats, with which `response_ids[i]` was drawn (temperature
+    and truncation applied); zeros where nothing was drawn (a dataset's response).
+    """
+
+    prompt: Prompt
+    sample: int  # 0 … n-1 within the prompt's group
+    response_ids: tuple[int, ...]
+    logp: tuple[float, ...]
+    finish: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Packed sequences of one forward: no padding between them, each attends to itself only.
+
+    `source_N[i]` is the packed position whose hidden state predicts `target_N[i]`; every response
+    token of every sequence appears exactly once among the targets.
+    """
+
+    token_T: Tensor  # [T] int64
+    position_T: Tensor  # [T] int64, restarting at 0 in every sequence
+    cu_seqlens: Tensor  # [S + 1] int32, boundaries in T
+    max_seqlen: int
+    source_N: Tensor  # [N] int64
+    target_N: Tensor  # [N] int64
+    weight_N: Tensor  # [N] fp32, the per-token factor w_t
+    rollout_logp_N: Tensor  # [N] fp32, the engine's log p of the target
+    sequence_N: Tensor  # [N] int64, which sequence (0 … S-1) the target belongs to
+
+    def to(self, device: torch.device) -> "Microbatch":
+        """Return the same microbatch with every tensor on `device`."""
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return Microbatch(**moved)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A vocabulary-parallel output projection: logits = hidden @ weight.T, this rank's rows.
+
+    Rank r of `group` holds rows r·V_local … (r+1)·V_local of the padded vocabulary. Rows at or
+    above `vocab_size` are padding and belong to nobody.
+    """
+
+    weight_VH: Tensor  # [V_local, H]
+    vocab_size: int  # real entries, over all ranks
+    group: Any = None  # tensor-parallel process group; None: one rank holds all
+
+
+@dataclass(frozen=True)
+class HiddenScores:
+    """The teacher's judgement of one microbatch as hidden states, plus its own head.
+
+    The exact distribution is produced chunk by chunk when the loss needs it: H numbers a token
+    travel instead of V.
+    """
+
+    hidden_NH: Tensor  # [N, H_teacher], aligned with Microbatch.target_N
+    head: Head
+
+
+Reward = Callable[[str, Prompt], float]  # (response text, prompt) → score
