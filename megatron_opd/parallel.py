@@ -59,9 +59,9 @@ class Parallel:
         return self.pp_rank == self.pp - 1
 
     @property
-    def last_stage(self) -> int:
-        """Global rank of this replica's last pipeline stage, for `src=` of a broadcast."""
-        return mpu.get_pipeline_model_parallel_last_rank()
+    def head_rank(self) -> int:
+        """Global rank of this replica's last pipeline stage, first tensor-parallel rank."""
+        return ((self.pp - 1) * self.dp + self.dp_rank) * self.tp
 
     def broadcast(self, value: T, src: int = 0) -> T:
         """Return rank `src`'s picklable `value` on every rank."""

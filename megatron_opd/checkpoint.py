@@ -1,0 +1,128 @@
+"""Save, restore and prune the state of a run: weights, optimiser, data cursor.
+
+A checkpoint is written under a temporary name and renamed when complete, so every directory called
+`step_…` is whole. Randomness is counter-based (seed, step, request), so no generator is saved.
+"""
+
+import json
+import multiprocessing
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_opd.parallel import Parallel
+from megatron_opd.step import Student
+
+# the only sharding of the optimiser that may be resumed in another layout
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def save(folder: Path, student: Student, state: dict[str, Any], *, keep: int) -> Path:
+    """Write `folder/step_NNNNNN` and delete all but the newest `keep`; collective.
+
+    `state` is JSON: `step`, the data cursor, whatever else resume needs.
+    """
+    parallel, name = student.parallel, f"step_{state['step']:06d}"
+    final, draft = folder / name, folder / f"tmp_{name}"
+    parallel.owner(lambda: _fresh(draft))
+    fork_checkpoint_writer()
+    dist_checkpointing.save(_sharded(student, loading=False), str(draft))
+    parallel.owner(lambda: _publish(draft, final, state, keep))
+    return final
+
+
+def load(path: Path, student: Student) -> dict[str, Any]:
+    """Restore weights, optimiser and schedule from `path`; return its `state`; collective."""
+    state = student.parallel.owner(lambda: json.loads((path / "state.json").read_text()))
+    _patch_distributed_optimizer()
+    _before_load(student.optimizer)
+    loaded = dist_checkpointing.load(_sharded(student, loading=True), str(path))
+    student.model.load_state_dict(loaded["model"])
+    student.optimizer.load_state_dict(loaded["optimizer"])
+    _after_load(student.optimizer)
+    student.scheduler.num_steps = 0
+    student.scheduler.step(state["step"])
+    return state
+
+
+def latest(folder: Path, parallel: Parallel) -> Path | None:
+    """Return the newest complete checkpoint in `folder`, as rank 0 sees it."""
+    return parallel.owner(lambda: max(folder.glob("step_*"), default=None))
+
+
+def _sharded(student: Student, *, loading: bool) -> dict[str, Any]:
+    model = student.model.sharded_state_dict()
+    optimizer = student.optimizer.sharded_state_dict(model, is_loading=loading, metadata=METADATA)
+    return {"model": model, "optimizer": optimizer}
+
+
+def _fresh(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed run left half written
+    folder.mkdir(parents=True)
+
+
+def _publish(draft: Path, final: Path, state: dict[str, Any], keep: int) -> None:
+    (draft / "state.json").write_text(json.dumps(state, indent=2))
+    shutil.rmtree(final, ignore_errors=True)
+    draft.rename(final)
+    for old in sorted(final.parent.glob("step_*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def fork_checkpoint_writer() -> None:
+    """Let Megatron's checkpoint writer fork its queue instead of spawning it, without CUDA.
+
+    filesystem_async.py:54 spawns a Manager, which re-imports `__main__`: 2-4 s on every rank.
+    """
+    if not torch.cuda.is_available() and filesystem_async._results_queue is None:
+        filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
+
+
+# Without Transformer Engine and Apex, Megatron's distributed optimiser runs torch's AdamW, which
+# keeps one `step` tensor per parameter where theirs keeps one number. Three repairs for that:
+
+
+def _patch_distributed_optimizer() -> None:
+    """Hand `step` through distrib_optimizer.py:939, which copies every state key but gets none."""
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+    if getattr(original, "passes_step", False):
+        return
+
+    @torch.no_grad()
+    def set_states(self, model_param, tensors):
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        step = {"step": state["step"]} if "step" in state else {}
+        original(self, model_param, {**tensors, **step})
+
+    set_states.passes_step = True  # type: ignore[attr-defined]
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
+def _torch_adamws(optimizer: Any):
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(getattr(part, "optimizer", None), torch.optim.Adam | torch.optim.AdamW):
+            yield part.optimizer
+
+
+def _before_load(optimizer: Any) -> None:
+    """Create the state that the loader fills: state_dict() asserts one common step (:641)."""
+    for adamw in _torch_adamws(optimizer):
+        for group in adamw.param_groups:
+            for p in group["params"]:
+                if not adamw.state[p]:
+                    zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                    adamw.state[p].update(step=torch.tensor(0.0), **zeros)
+
+
+def _after_load(optimizer: Any) -> None:
+    """Give every parameter its own step again: sharing one (:825), it would advance by N."""
+    for adamw in _torch_adamws(optimizer):
+        for state in adamw.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()

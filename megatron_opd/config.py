@@ -1,0 +1,479 @@
+"""Every knob, typed and frozen, with its help sentence; the loader; the checks across sections.
+
+The sentence under a field is what `--help` prints for it. A value is checked exactly once, when the
+file is read: code that receives a section trusts it.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Temperature = Annotated[float, Field(gt=0)]
+Probability = Annotated[float, Field(gt=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Dtype = Literal["bfloat16", "float32"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+class Student(Section):
+    """The model that learns."""
+
+    path: str
+    """Hugging Face directory: config.json, tokenizer and safetensors weights."""
+    init: Literal["hf", "random"] = "hf"
+    """Initial weights: the directory's (hf), or random ones for its config.json."""
+    dtype: Dtype = "bfloat16"
+    """Type of the weights in forward and backward; the optimizer's copy is always float32."""
+
+
+class Teacher(Section):
+    """The frozen model that judges; not needed when the divergence is cross_entropy."""
+
+    path: str
+    """Hugging Face directory: config.json, tokenizer and safetensors weights."""
+    dtype: Dtype | None = None
+    """Type of the weights; null: the student's."""
+    offload: bool = False
+    """Keep the weights in host memory between uses; needs a GPU."""
+    allow_tokenizer_mismatch: bool = False
+    """Go on although some token ids mean different tokens to student and teacher."""
+
+
+class Parallel(Section):
+    """How one model copy is split over ranks; what is left over is data parallel."""
+
+    tp: Positive = 1
+    """Tensor-parallel size: ranks that share every layer."""
+    pp: Positive = 1
+    """Pipeline-parallel size: ranks that each hold a run of layers."""
+    sequence_parallel: bool = False
+    """Split norms and residuals over the tensor-parallel ranks along the tokens; needs tp > 1."""
+    timeout_minutes: Positive = 30
+    """Minutes after which a collective that some rank never joined is an error."""
+
+
+class Data(Section):
+    """Where prompts come from and how they become tokens."""
+
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Parquet or JSON-lines files, read one after the other as one list."""
+    template: Literal["chat", "none"] = "chat"
+    """Render prompts with the tokenizer's chat template (chat), or take the text as is (none)."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables for the chat template, for example {enable_thinking: false}."""
+    max_prompt_tokens: Positive = 1024
+    """Longest prompt, in tokens of the rendered template."""
+    too_long: Literal["error", "drop"] = "error"
+    """What to do with longer prompts: refuse to start, or leave them out and say how many."""
+    shuffle: bool = False
+    """Draw a new order every epoch, from the seed; false: the order of the files."""
+    prompt_key: str = "prompt"
+    """Column with the prompt: a string or a list of {role, content}; dots enter nested columns."""
+    answer_key: str = "answer"
+    """Column with the true answer; where absent, reward_model.ground_truth is used."""
+    response_key: str = "response"
+    """Column with a response, for the replay engine."""
+
+
+class Rollout(Section):
+    """How responses are written."""
+
+    engine: Literal["megatron", "replay"] = "megatron"
+    """Who writes: the student itself (megatron), or the dataset (replay)."""
+    n: Positive = 4
+    """Responses per prompt."""
+    max_tokens: Positive = 7168
+    """Longest response, in tokens, including the end token."""
+    temperature: NonNegative = 1.0
+    """Sampling temperature."""
+    top_p: Probability = 1.0
+    """Sample from the smallest set of tokens with this total probability; 1: from all."""
+    top_k: Natural = 0
+    """Sample from this many most likely tokens; 0: from all."""
+    stop_token_ids: tuple[Natural, ...] = ()
+    """Token ids that end a response, besides the tokenizer's and generation_config's."""
+    batch_size: Positive = 64
+    """Sequences that one replica decodes together."""
+
+
+class Objective(Section):
+    """What the student minimises: a divergence between student and teacher over a support."""
+
+    support: Literal["sampled", "student_topk", "full"] = "student_topk"
+    """Vocabulary entries compared: the sampled token, the student's k most likely, or all."""
+    divergence: Literal["reverse_kl", "cross_entropy"] = "reverse_kl"
+    """reverse_kl: KL(student ‖ teacher); cross_entropy: −log student(response), no teacher."""
+    k: Positive = 16
+    """Entries of the student_topk support (renormalised in both models) and of overlap metrics."""
+    student_temperature: Temperature = 1.0
+    """Divides the student's logits in the loss."""
+    teacher_temperature: Temperature = 1.0
+    """Divides the teacher's logits in the loss."""
+    chunk_tokens: Positive = 1024
+    """Tokens whose logits exist at the same time; smaller needs less memory."""
+
+
+class Optimizer(Section):
+    """AdamW on float32 weights."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+    """Peak learning rate."""
+    min_lr: NonNegative = 0.0
+    """Learning rate at the last step of a linear or cosine schedule."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Decay of the running means of the gradient and of its square."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator of the update."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled weight decay; norms and biases have none."""
+    clip_norm: NonNegative = 1.0
+    """Scale gradients down to this global norm; 0: never."""
+    warmup_steps: Natural = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up, until the last step."""
+    distributed: bool = True
+    """Share the optimizer states out over the data-parallel ranks."""
+
+
+class Train(Section):
+    """How much is trained, and in what pieces."""
+
+    prompts_per_step: Positive = 64
+    """Prompts of one optimizer update, over all replicas."""
+    epochs: Positive = 1
+    """Passes over the prompts; what is left at the end and does not fill a step is not used."""
+    steps: Positive | None = None
+    """Number of updates, whatever the epochs; null: as many as the epochs give."""
+    microbatch_tokens: Positive = 16384
+    """Packed tokens of one forward and backward on one replica."""
+    recompute: Literal["none", "full", "selective"] = "none"
+    """Activations computed again in the backward: none, attention's (selective), or all (full)."""
+
+
+class Eval(Section):
+    """Sampling accuracy on held-out prompts."""
+
+    prompts: tuple[str, ...] = ()
+    """Parquet or JSON-lines files; empty: no evaluation."""
+    every: Natural = 0
+    """Steps between evaluations; 0: none during training."""
+    at_start: bool = True
+    """Evaluate before the first step."""
+    at_end: bool = True
+    """Evaluate after the last step."""
+    n: Positive = 1
+    """Responses per prompt; the accuracy is their mean."""
+    temperature: NonNegative = 0.0
+    """Sampling temperature; 0: the most likely token."""
+    top_p: Probability = 1.0
+    """Sample from the smallest set of tokens with this total probability; 1: from all."""
+    max_tokens: Positive | None = None
+    """Longest response, in tokens; null: rollout.max_tokens."""
+    reward: str = "exact_match"
+    """What scores a response: a built-in name or module:function."""
+
+
+class Run(Section):
+    """What is kept, and where."""
+
+    dir: str = "runs/opd"
+    """Directory of this run; an existing one is refused unless resuming."""
+    save_every: Natural = 0
+    """Steps between checkpoints; 0: none."""
+    keep: Positive = 2
+    """Newest checkpoints that are kept."""
+    resume: bool = False
+    """Go on from the newest checkpoint in run.dir."""
+    export: bool = True
+    """Write the trained student as a Hugging Face directory at the end."""
+    tensorboard: bool = False
+    """Mirror the metrics to TensorBoard, in run.dir."""
+    wandb: str | None = None
+    """Weights & Biases project to mirror the metrics to; null: none."""
+    save_rollouts_every: Natural = 0
+    """Steps between files of rollouts as text; 0: none."""
+
+
+class Config(Section):
+    """On-policy distillation: one run."""
+
+    seed: Natural = 0
+    """Seed of the data order, the sampling, and random weights."""
+    student: Student
+    teacher: Teacher | None = None
+    parallel: Parallel = Parallel()
+    data: Data
+    rollout: Rollout = Rollout()
+    objective: Objective = Objective()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    eval: Eval = Eval()
+    run: Run = Run()
+    megatron: dict[str, Any] = {}
+    """Fields of Megatron-Core's TransformerConfig, passed on as they are."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        for wrong, line in _contradictions(self):
+            if wrong:
+                raise ValueError(line)
+        return self
+
+
+def _contradictions(c: Config) -> Iterable[tuple[bool, str]]:
+    """Yield (is it so, what to tell the user) for values that exclude each other."""
+    replay, hard = c.rollout.engine == "replay", c.objective.divergence == "cross_entropy"
+    yield (
+        c.teacher is None and not hard,
+        f"teacher: missing, but divergence={c.objective.divergence} compares with one; set "
+        "teacher.path, or objective.divergence=cross_entropy with objective.support=sampled",
+    )
+    yield (
+        c.teacher is not None and hard,
+        "teacher: set, but objective.divergence=cross_entropy uses none; set teacher=null",
+    )
+    yield (
+        hard and c.objective.support != "sampled",
+        f"objective.support: got '{c.objective.support}', expected 'sampled' with "
+        "objective.divergence=cross_entropy",
+    )
+    yield (
+        c.objective.support == "student_topk" and c.objective.k < 2,
+        "objective.k: got 1, expected 2 or more: renormalised over one token, student and teacher "
+        "both give it probability 1 and the gradient is zero; for one token a position set "
+        "objective.support=sampled",
+    )
+    yield (
+        replay and not hard and c.objective.support == "sampled",
+        "objective.support: got 'sampled', which estimates reverse_kl from tokens that the student "
+        "draws, but rollout.engine=replay draws none; set student_topk or full",
+    )
+    yield (
+        not replay and c.rollout.temperature == 0,
+        "rollout.temperature: got 0, expected more than 0: the loss is a mean over what the "
+        "student samples, and greedy responses are no sample of it",
+    )
+    yield (
+        replay and c.rollout.n > 1,
+        f"rollout.n: got {c.rollout.n}, expected 1 with rollout.engine=replay: a row has one "
+        "response",
+    )
+    longest = c.data.max_prompt_tokens + c.rollout.max_tokens
+    yield (
+        c.train.microbatch_tokens < longest,
+        f"train.microbatch_tokens: got {c.train.microbatch_tokens}, expected at least {longest} = "
+        "data.max_prompt_tokens + rollout.max_tokens, so that the longest sequence fits",
+    )
+    yield (
+        c.optimizer.min_lr > c.optimizer.lr,
+        f"optimizer.min_lr: got {c.optimizer.min_lr:g}, expected at most optimizer.lr="
+        f"{c.optimizer.lr:g}",
+    )
+    yield (
+        bool(c.eval.every) and not c.eval.prompts,
+        "eval.prompts: empty, but eval.every asks for evaluations; name a file",
+    )
+    yield (
+        c.eval.n > 1 and c.eval.temperature == 0,
+        f"eval.n: got {c.eval.n}, expected 1 with eval.temperature=0: greedy responses to one "
+        "prompt are all the same",
+    )
+
+
+def cautions(c: Config) -> list[str]:
+    """Name every option that has no effect with the others, and pairs that are seldom meant."""
+    replay, hard = c.rollout.engine == "replay", c.objective.divergence == "cross_entropy"
+    default = Config.model_construct()
+    idle = [
+        (replay, "rollout", ("temperature", "top_p", "top_k", "stop_token_ids", "batch_size")),
+        (hard, "objective", ("k", "teacher_temperature")),
+        (c.optimizer.schedule == "constant", "optimizer", ("min_lr",)),
+        (c.parallel.tp == 1, "parallel", ("sequence_parallel",)),
+        (not c.run.save_every, "run", ("keep",)),
+        (not c.eval.prompts, "eval", ("n", "temperature", "top_p", "max_tokens", "reward")),
+        (c.eval.temperature == 0, "eval", ("top_p",)),
+        (c.train.steps is not None, "train", ("epochs",)),
+    ]
+    lines = []
+    for without_effect, section, names in idle:
+        mine, theirs = getattr(c, section), getattr(default, section)
+        changed = [name for name in names if getattr(mine, name) != getattr(theirs, name)]
+        if without_effect:
+            lines += [f"{section}.{name}: has no effect in this config" for name in changed]
+    if not replay and (c.rollout.top_p < 1 or c.rollout.top_k):
+        lines.append(
+            f"rollout.top_p={c.rollout.top_p:g}, rollout.top_k={c.rollout.top_k}: responses come "
+            "from a truncated distribution, the loss is over the whole one"
+        )
+    if c.objective.support == "sampled" and not hard and not replay:
+        drawn, scored = c.rollout.temperature, c.objective.student_temperature
+        if drawn != scored:
+            lines.append(
+                f"rollout.temperature={drawn:g}, objective.student_temperature={scored:g}: the "
+                "sampled-token estimate is unbiased only when they are equal"
+            )
+    return lines
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 1e-6 as a number and refuses a key that is written twice."""
+
+    def construct_mapping(self, node, deep=False):
+        seen: set = set()
+        for key, _ in node.value:
+            name = self.construct_object(key, deep=deep)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"'{name}' is there twice", key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    [*"-+0123456789"],
+)
+
+
+def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+    """Merge YAML files left to right, then `section.key=value` overrides, and check the result.
+
+    Raises:
+        ValueError: one line naming the first wrong key, what it got, and what was expected.
+    """
+    merged: dict[str, Any] = {}
+    for path in paths:
+        merged = _merge(merged, _read(Path(path)))
+    for override in overrides:
+        merged = _merge(merged, _parse_override(override))
+    try:
+        # through JSON, where a list is what a tuple looks like even to a strict model
+        return Config.model_validate_json(json.dumps(merged, default=str))
+    except ValidationError as error:
+        raise ValueError(_explain(error)) from None
+
+
+def to_yaml(config: Config) -> str:
+    """Write out every key, so that the text loads to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"config: no file '{path}'")
+    content = _parse(path.read_text(), str(path))
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: got a {type(content).__name__}, expected `key: value` lines")
+    return content
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{where}{line}: not YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    """`a.b=value` → {"a": {"b": value}}."""
+    key, equals, value = text.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise ValueError(f"'{text}': expected section.key=value")
+    tree = _parse(value, key)
+    for name in reversed(names):
+        tree = {name: tree}
+    return tree
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Return base with top laid over it: mappings merge, everything else is replaced."""
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        if isinstance(below, dict) and isinstance(value, dict):
+            value = _merge(below, value)
+        merged[key] = value
+    return merged
+
+
+def _explain(error: ValidationError) -> str:
+    """One line about the first error; an unknown key before what may only follow from it."""
+    problems = error.errors(include_url=False)
+    problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
+    first, more = problems[0], len(problems) - 1
+    key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"]).lstrip(".")
+    if first["type"] == "extra_forbidden":
+        line = f"{key}: no such key{_suggestion(key)}"
+    elif first["type"] == "missing":
+        line = f"{key}: missing; it has no default"
+    elif first["type"] == "value_error":  # the line of a _contradiction
+        line = first["msg"].removeprefix("Value error, ")
+    else:
+        line = f"{key}: got {_shown(first)}, expected {_expected(first)}"
+    return line + (f" (and {more} more error{'s' * (more > 1)})" if more else "")
+
+
+def _shown(problem) -> str:
+    return "a section" if isinstance(problem["input"], dict) else json.dumps(problem["input"])
+
+
+def _expected(problem) -> str:
+    if problem["type"] == "too_short":
+        return f"at least {problem['ctx']['min_length']}"
+    words = problem["msg"].removeprefix("Input should be ")
+    for theirs, ours in (("a valid array", "a list"), ("an object", "a section")):
+        words = words.replace(theirs, ours)
+    return words.removeprefix("a valid ")
+
+
+def sections() -> dict[str, type[Section]]:
+    """Return the sections of a config by name, in order; the first, "", is the top level."""
+    found: dict[str, type[Section]] = {"": Config}
+    for name, field in Config.model_fields.items():
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(kind, type) and issubclass(kind, Section):
+                found[name] = kind
+    return found
+
+
+def _suggestion(key: str) -> str:
+    """The closest key: a sibling that is spelt alike, else the same name in another section."""
+    section, _, name = key.rpartition(".")
+    known = {
+        f"{where}.{field}".lstrip("."): field
+        for where, kind in sections().items()
+        for field in kind.model_fields
+    }
+    siblings = [field for path, field in known.items() if path.rpartition(".")[0] == section]
+    alike = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)
+    close = [f"{section}.{field}".lstrip(".") for field in alike]
+    close += [path for path, field in known.items() if field == name]
+    close += difflib.get_close_matches(key, list(known), n=1, cutoff=0.75)
+    return f"; did you mean {close[0]}?" if close else "; --help lists every key"

@@ -1,0 +1,65 @@
+"""One call from a Hugging Face configuration to this rank's part of a Megatron model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from megatron_opd.model import config as hf_config
+from megatron_opd.model.config import HFConfig
+from megatron_opd.model.gpt import HiddenGPT
+from megatron_opd.model.spec import block_spec
+from megatron_opd.model.transformer import transformer_config
+from megatron_opd.model.weights import init_random
+from megatron_opd.parallel import Parallel
+
+
+def build_model(
+    hf: HFConfig,
+    parallel: Parallel,
+    *,
+    dtype: torch.dtype,
+    padded_vocab: int | None = None,
+    megatron: Mapping[str, Any] | None = None,
+    trainable: bool = True,
+    seed: int | None = 0,
+) -> HiddenGPT:
+    """Build this rank's part of the model on its device.
+
+    Args:
+        padded_vocab: rows of the vocabulary tables over all ranks; default: the checkpoint's rows
+            rounded up to a multiple of 128 × tp.
+        megatron: fields of `TransformerConfig` to set.
+        trainable: False freezes every parameter and switches to evaluation mode.
+        seed: of the random weights, the same at every layout; None leaves them unset (`load_hf`
+            sets all of them, and a large model takes a while to draw).
+    Raises:
+        ValueError: the configuration is not supported, or does not divide over the ranks.
+    """
+    arch = hf_config.architecture(hf)
+    hf_config.check_layout(hf, parallel.tp, parallel.pp)
+    config = transformer_config(
+        arch,
+        megatron or {},
+        dtype=dtype,
+        tp=parallel.tp,
+        pp=parallel.pp,
+        sequence_parallel=parallel.sequence_parallel,
+    )
+    model = HiddenGPT(
+        config=config,
+        transformer_layer_spec=block_spec(config),
+        vocab_size=padded_vocab or hf_config.padded_vocab(arch.vocab_rows, parallel.tp),
+        max_sequence_length=arch.max_positions,
+        pre_process=parallel.is_first_stage,
+        post_process=parallel.is_last_stage,
+        share_embeddings_and_output_weights=arch.tied,
+        position_embedding_type="rope",
+    )
+    model.architecture = arch
+    # a plain attribute, so no cast of the module reaches it: it stays fp32
+    model.rotary_pos_emb.inv_freq = arch.inv_freq().to(parallel.device)
+    model.to(parallel.device)
+    if seed is not None:
+        init_random(model, seed=seed)
+    return model if trainable else model.requires_grad_(False).eval()

@@ -1,0 +1,82 @@
+"""Megatron's GPT, stopping at the final norm, and its packed forward.
+
+The vocabulary projection belongs to whoever needs it (the loss, chunk by chunk; the sampler, for
+one position), so no `[T, V]` logits ever leave a forward.
+
+Shape suffixes: T packed tokens (T / tp under sequence parallelism) · H hidden · V vocabulary.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from megatron_opd import platform
+from megatron_opd.model.config import Architecture
+from megatron_opd.parallel import Parallel
+from megatron_opd.types import Head, Microbatch
+
+platform.activate()
+
+from megatron.core import tensor_parallel  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
+
+
+class HiddenGPT(GPTModel):
+    """Megatron's GPT returning hidden states `[L, B, H]`, final norm applied on the last stage."""
+
+    architecture: Architecture
+
+    def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        return hidden_states
+
+    def head(self, vocab_size: int) -> Head:
+        """Return the output projection (last stage only); `vocab_size` is the tokenizer's."""
+        tied = self.share_embeddings_and_output_weights
+        weight_VH = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        assert weight_VH is not None, "the head lives on the last pipeline stage"
+        return Head(weight_VH, vocab_size, self.pg_collection.tp)
+
+
+def forward(model: Any, microbatch: Microbatch) -> Tensor:
+    """Run one packed microbatch and return this stage's output, `[T, 1, H]`.
+
+    `model` is a `HiddenGPT`, or Megatron's DistributedDataParallel around one. A later pipeline
+    stage reads the input that `set_input_tensor` was given.
+    """
+    config = model.config
+    assert (
+        not config.sequence_parallel
+        or microbatch.token_T.numel() % config.tensor_model_parallel_size == 0
+    ), "sequence parallelism needs a packed length divisible by tp"
+    # The portable spec reads the boundaries on the host, in every layer: one copy here instead.
+    on_host = not platform.has_transformer_engine()
+    bounds = microbatch.cu_seqlens.cpu() if on_host else microbatch.cu_seqlens
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=microbatch.max_seqlen,
+        max_seqlen_kv=microbatch.max_seqlen,
+    )
+    return model(
+        input_ids=microbatch.token_T[None],
+        position_ids=microbatch.position_T[None],
+        attention_mask=None,
+        packed_seq_params=packed,
+    )
+
+
+def enter_head(hidden_T1H: Tensor, parallel: Parallel) -> Tensor:
+    """Return the last stage's hidden states as `[T, H]`, whole on every tensor-parallel rank.
+
+    Each rank multiplies them with its own rows of the vocabulary, so what comes back is its part of
+    the gradient: the backward sums it over TP (and scatters it under sequence parallelism).
+    """
+    if parallel.sequence_parallel:
+        whole_T1H = tensor_parallel.gather_from_sequence_parallel_region(
+            hidden_T1H, tensor_parallel_output_grad=True
+        )
+    else:
+        whole_T1H = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_T1H)
+    return whole_T1H.squeeze(1)

@@ -1,0 +1,173 @@
+"""Hugging Face checkpoint folders on disk: slices read lazily, shards written one at a time."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_opd.model.hf_map import Shape
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in _DTYPES.values()}
+# what belongs to a model besides its weights and config.json
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+)
+
+
+class TensorFiles:
+    """The safetensors of one checkpoint folder. Only headers are read until `read` is called."""
+
+    def __init__(self, folder: str | Path):
+        """Open every file.
+
+        Raises:
+            ValueError: no safetensors, an unreadable file, or one that the index names is absent.
+        """
+        self.folder = Path(folder)
+        self.bytes_read = 0
+        self._slices: dict[str, Any] = {}
+        for file in self._files():
+            try:
+                opened = safe_open(file, framework="pt")
+                self._slices.update({name: opened.get_slice(name) for name in opened.keys()})  # noqa: SIM118
+            except (OSError, SafetensorError) as problem:
+                raise ValueError(f"{file}: not a readable safetensors file: {problem}") from None
+
+    def _files(self) -> list[Path]:
+        index, single = (self.folder / f"model.safetensors{end}" for end in (".index.json", ""))
+        if not index.exists():
+            if not single.exists():
+                raise ValueError(
+                    f"{self.folder}: expected {single.name} or {index.name}, got neither"
+                )
+            return [single]
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        absent = [name for name in files if not (self.folder / name).exists()]
+        if absent:
+            raise ValueError(f"{index}: names files that are missing: {_some(absent)}")
+        return [self.folder / name for name in files]
+
+    def shape(self, name: str) -> Shape:
+        return tuple(self._slices[name].get_shape())
+
+    def dtype(self) -> torch.dtype:
+        """Return the one dtype of all tensors.
+
+        Raises:
+            ValueError: they differ, or it is not a floating-point dtype of a model.
+        """
+        found = {piece.get_dtype() for piece in self._slices.values()}
+        if len(found) > 1 or found - set(_DTYPES):
+            raise ValueError(
+                f"{self.folder}: tensors of dtype {_some(sorted(found))}, expected all of one of "
+                f"{', '.join(_DTYPES)}"
+            )
+        return _DTYPES[found.pop()]
+
+    def check(self, expected: Mapping[str, Shape], free_rows: set[str]) -> None:
+        """Compare names and shapes before anything is read; rows of `free_rows` may differ.
+
+        Raises:
+            ValueError: tensors are missing, unknown or of another shape; names them.
+        """
+        missing = [name for name in expected if name not in self._slices]
+        extra = [name for name in self._slices if name not in expected and not _ignored(name)]
+        wrong = []
+        for name, shape in expected.items():
+            got = self.shape(name) if name not in missing else shape
+            same = got[1:] == shape[1:] if name in free_rows else got == shape
+            if not same:
+                wrong.append(f"{name} {list(got)} (expected {list(shape)})")
+        problems = dict(missing=missing, unknown=extra, wrong_shape=wrong).items()
+        told = "; ".join(
+            f"{kind.replace('_', ' ')}: {_some(names)}" for kind, names in problems if names
+        )
+        if told:
+            raise ValueError(f"{self.folder}: tensors do not fit config.json: {told}")
+
+    def read(self, name: str, dim: int | None, start: int, stop: int) -> Tensor:
+        """Read `start:stop` along `dim` (None: the whole tensor), and nothing else."""
+        piece = self._slices[name]
+        tensor = (
+            piece[:] if dim is None else piece[start:stop] if dim == 0 else piece[:, start:stop]
+        )
+        self.bytes_read += tensor.nbytes
+        return tensor
+
+
+def _ignored(name: str) -> bool:
+    """Old checkpoints store the rotary table, and tied ones a second copy of the embedding."""
+    return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+class ShardWriter:
+    """Write tensors that arrive in manifest order as numbered safetensors and their index."""
+
+    def __init__(self, folder: Path, sizes: Mapping[str, int], max_shard_bytes: int):
+        """Plan the shards: `sizes` is name → bytes, in order."""
+        self.folder, self.total = folder, sum(sizes.values())
+        self.shard_of: dict[str, int] = {}
+        self.pending: dict[str, Tensor] = {}
+        shard, used = 0, 0
+        for name, size in sizes.items():
+            if used and used + size > max_shard_bytes:
+                shard, used = shard + 1, 0
+            self.shard_of[name], used = shard, used + size
+        self.shards = shard + 1
+        self.left = [list(self.shard_of.values()).count(i) for i in range(self.shards)]
+
+    def _file(self, shard: int) -> str:
+        if self.shards == 1:
+            return "model.safetensors"
+        return f"model-{shard + 1:05d}-of-{self.shards:05d}.safetensors"
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor; write its shard when that is complete."""
+        shard = self.shard_of[name]
+        self.pending[name] = tensor.detach().cpu().contiguous()
+        self.left[shard] -= 1
+        if self.left[shard] == 0:
+            save_file(self.pending, self.folder / self._file(shard), metadata={"format": "pt"})
+            self.pending = {}
+
+    def finish(self) -> None:
+        """Write the index, when there is more than one shard."""
+        assert not any(self.left), "every tensor of the manifest was added"
+        if self.shards > 1:
+            files = {name: self._file(shard) for name, shard in self.shard_of.items()}
+            index = {"metadata": {"total_size": self.total}, "weight_map": files}
+            text = json.dumps(index, indent=2)
+            (self.folder / "model.safetensors.index.json").write_text(text)
+
+
+def write_config(config: Mapping[str, Any], folder: Path, dtype: torch.dtype) -> None:
+    """Write `config.json` with the dtype that the weights have, under the key it uses."""
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    text = json.dumps({**config, key: _NAMES[dtype]}, indent=2)
+    (folder / "config.json").write_text(text + "\n")
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy generation defaults and tokenizer files."""
+    for pattern in COMPANIONS:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)

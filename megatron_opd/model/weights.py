@@ -1,0 +1,212 @@
+"""Weights in and out: load a Hugging Face checkpoint, draw a random one, export, save.
+
+Every rank reads just its own slices. Exporting streams: one fused parameter at a time is whole.
+"""
+
+import hashlib
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_opd.model.config import HFConfig, read_config
+from megatron_opd.model.gpt import HiddenGPT
+from megatron_opd.model.hf_files import ShardWriter, TensorFiles, copy_companions, write_config
+from megatron_opd.model.hf_map import Shape, Weight, manifest, stage_parameters, weights
+from megatron_opd.parallel import Parallel
+
+# name, whole shape, dim, start, stop → the slice (dim None: the whole tensor)
+_Read = Callable[[str, Shape, int | None, int, int], Tensor]
+
+
+def load_hf(
+    model: HiddenGPT, folder: str | Path, parallel: Parallel, *, vocab_size: int | None = None
+) -> int:
+    """Load a Hugging Face checkpoint into `model` and return the bytes this rank read; collective.
+
+    The vocabulary tables may have other rows than the model: missing rows become zero, and rows
+    that do not fit are dropped, unless one of the first `vocab_size` (default: all that config.json
+    counts) is among them.
+
+    Raises:
+        ValueError: files, names or shapes do not fit (before any tensor is read), or a tensor is
+            not finite or all zero. On every rank.
+    """
+
+    def load() -> int:
+        files = TensorFiles(folder)
+        tables = {name for w in weights(model.architecture) if w.vocab for name in w.hf}
+        files.check(manifest(model.architecture), free_rows=tables)
+        _check_rows(model, files, tables, vocab_size or model.architecture.vocab_rows)
+
+        def read(name: str, shape: Shape, dim: int | None, start: int, stop: int) -> Tensor:
+            return _sane(files.read(name, dim, start, stop), f"{folder}: {name}")
+
+        _fill(model, read, {name: files.shape(name)[0] for name in tables})
+        return files.bytes_read
+
+    return parallel.agree(load)[parallel.rank]
+
+
+def _check_rows(model: HiddenGPT, files: TensorFiles, tables: set[str], needed: int) -> None:
+    for name in tables:
+        for where, rows in (
+            (f"{name} of {files.folder}", files.shape(name)[0]),
+            ("the model's padded vocabulary", model.vocab_size),
+        ):
+            if rows < needed:
+                raise ValueError(f"{where} has {rows} rows, expected at least {needed}")
+
+
+def _sane(tensor: Tensor, name: str) -> Tensor:
+    """Refuse what an interrupted download or a lost offload leaves behind.
+
+    A bias may be zero: untrained models have them.
+    """
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} has values that are not finite")
+    if tensor.numel() and not name.endswith(".bias") and not tensor.any():
+        raise ValueError(f"{name} is all zero")
+    return tensor
+
+
+def init_random(model: HiddenGPT, *, seed: int) -> None:
+    """Draw weights to train from scratch: N(0, initializer_range), norms 1, biases 0.
+
+    Projections back into the residual stream get initializer_range / √(2 · layers), as Megatron
+    does. A tensor's values depend on its Hugging Face name and `seed` alone: not on the layout.
+    """
+    arch, names = model.architecture, {}
+    for weight in weights(arch):
+        scale = 1 / math.sqrt(2 * arch.layers) if weight.cut == 1 else 1.0
+        names.update(dict.fromkeys(weight.hf, scale * arch.init_std))
+
+    def draw(name: str, shape: Shape, dim: int | None, start: int, stop: int) -> Tensor:
+        if len(shape) == 1:
+            whole = torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
+        else:
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            whole = torch.randn(shape, generator=generator) * names[name]
+        return whole if dim is None else whole.narrow(dim, start, stop - start)
+
+    _fill(model, draw, {})
+
+
+@torch.no_grad()
+def _fill(model: HiddenGPT, read: _Read, rows: dict[str, int]) -> None:
+    """Assemble every parameter of this rank; `rows` overrides the row count of a table."""
+    parameters, tp = stage_parameters(model), model.pg_collection.tp
+    for weight in weights(model.architecture):
+        for name in weight.megatron:
+            if name in parameters:
+                shard = parameters.pop(name)
+                shard.copy_(_shard(weight, shard, read, rows, tp.rank(), tp.size()))
+    assert not parameters, f"parameters without a Hugging Face name: {list(parameters)}"
+
+
+def _shard(
+    weight: Weight, like: Tensor, read: _Read, rows: dict[str, int], rank: int, tp: int
+) -> Tensor:
+    if weight.vocab:
+        (name, shape), local = next(iter(weight.hf.items())), like.size(0)
+        stop = min((rank + 1) * local, rows.get(name, shape[0]))
+        start = min(rank * local, stop)
+        table = torch.zeros(like.shape, dtype=like.dtype)
+        table[: stop - start] = read(name, shape, 0, start, stop)
+        return table
+    parts = []
+    for name, shape in weight.hf.items():
+        size = 0 if weight.cut is None else shape[weight.cut] // tp
+        parts.append(read(name, shape, weight.cut, rank * size, (rank + 1) * size))
+    return weight.fuse(parts, tp)
+
+
+@torch.no_grad()
+def export_hf(model: HiddenGPT, parallel: Parallel) -> Iterator[tuple[str, Tensor]]:
+    """Yield every Hugging Face tensor, whole, in manifest order, on every rank of the replica.
+
+    Collective over the replica: all its ranks iterate to the end. Padding rows are cut off; tensors
+    are on the model's device in the model's dtype.
+    """
+    parameters, arch = stage_parameters(model), model.architecture
+    assert model.vocab_size >= arch.vocab_rows, "a table that was cut on loading is not whole"
+    for weight in weights(arch):
+        stage = weight.layer * parallel.pp // arch.layers
+        if stage == parallel.pp_rank:
+            shard = next(parameters[name] for name in weight.megatron if name in parameters)
+            whole = _gather(weight, shard.detach(), parallel)
+        else:
+            dtype, device = model.config.params_dtype, parallel.device
+            whole = [torch.empty(s, dtype=dtype, device=device) for s in weight.hf.values()]
+        for name, tensor in zip(weight.hf, whole, strict=True):
+            if parallel.pp > 1:
+                source = dist.get_global_rank(parallel.pp_group, stage)
+                dist.broadcast(tensor, source, group=parallel.pp_group)
+            yield name, tensor
+
+
+def _gather(weight: Weight, shard: Tensor, parallel: Parallel) -> list[Tensor]:
+    """Join the tensor-parallel ranks' parts of each Hugging Face tensor."""
+    parts = weight.split(shard, parallel.tp)
+    if weight.cut is not None and parallel.tp > 1:
+        for i, part in enumerate(parts):
+            ranks = [torch.empty_like(part) for _ in range(parallel.tp)]
+            dist.all_gather(ranks, part.contiguous(), group=parallel.tp_group)
+            parts[i] = torch.cat(ranks, weight.cut)
+    rows = [shape[0] for shape in weight.hf.values()]
+    return [part[:n].contiguous() for part, n in zip(parts, rows, strict=True)]
+
+
+def save_hf(
+    model: HiddenGPT,
+    source: HFConfig,
+    folder: str | Path,
+    parallel: Parallel,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a folder that `from_pretrained` loads unchanged; collective over all ranks.
+
+    `source` is the configuration the model was built from; if it is a folder, its generation
+    defaults and tokenizer come along. Written beside `folder` and renamed when complete.
+
+    Raises:
+        ValueError: `folder` exists, or the disk is full; on every rank.
+    """
+    final = Path(folder)
+    draft = final.with_name(f"tmp_{final.name}")
+    parallel.owner(lambda: _fresh(draft, final))
+    size = torch.empty(0, dtype=model.config.params_dtype).element_size()
+    shapes = manifest(model.architecture)
+    sizes = {name: math.prod(shape) * size for name, shape in shapes.items()}
+    writer, problem = ShardWriter(draft, sizes, max_shard_bytes), None
+    if parallel.dp_rank == 0:
+        for name, tensor in export_hf(model, parallel):
+            if parallel.is_main and problem is None:
+                try:
+                    writer.add(name, tensor)
+                except OSError as error:  # the others are waiting in the export: see it through
+                    problem = error
+
+    def publish() -> None:
+        if problem is not None:
+            raise problem
+        writer.finish()
+        write_config(read_config(source), draft, model.config.params_dtype)
+        if isinstance(source, str | Path) and Path(source).is_dir():
+            copy_companions(Path(source), draft)
+        draft.rename(final)
+
+    parallel.owner(publish)
+
+
+def _fresh(draft: Path, final: Path) -> None:
+    if final.exists():
+        raise ValueError(f"{final} exists; remove it or choose another name")
+    shutil.rmtree(draft, ignore_errors=True)  # what a killed run left half written
+    draft.mkdir(parents=True)

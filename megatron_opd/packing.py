@@ -1,0 +1,133 @@
+"""Rollouts → balanced, packed microbatches.
+
+A sequence is prompt + response without the last response token: nothing comes after it, so its
+hidden state would predict nothing. Every response token is a target once; the position before it is
+its source. Shapes: T packed tokens · N supervised tokens · S sequences, of one microbatch.
+"""
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megatron_opd.types import Microbatch, Rollout
+
+
+def needed_microbatches(rollouts: Sequence[Rollout], microbatch_tokens: int) -> int:
+    """Return the fewest microbatches of at most `microbatch_tokens` that `pack` fits these in.
+
+    More than this always fit too, so that data-parallel replicas can agree on their maximum.
+
+    Raises:
+        ValueError: no rollouts; an empty response; a sequence longer than a microbatch.
+    """
+    return _fewest(_lengths(rollouts, microbatch_tokens), microbatch_tokens)
+
+
+def pack(
+    rollouts: Sequence[Rollout],
+    *,
+    microbatch_tokens: int,
+    count: int | None = None,
+    multiple: int = 1,
+) -> list[Microbatch]:
+    """Distribute rollouts over `count` microbatches (default: the fewest) of about equal tokens.
+
+    T is filled up to a multiple of `multiple` with one more sequence that no source points into;
+    for this alone T may pass `microbatch_tokens`.
+
+    Raises:
+        ValueError: as `needed_microbatches`; `count` is below it or above the sequences there are.
+    """
+    lengths = _lengths(rollouts, microbatch_tokens)
+    needed = _fewest(lengths, microbatch_tokens)
+    count = needed if count is None else count
+    if not needed <= count <= len(rollouts):
+        raise ValueError(
+            f"count: got {count} microbatches, expected {needed} to {len(rollouts)} for "
+            f"{len(rollouts)} sequences, {sum(lengths)} tokens"
+        )
+    bins = _balance(lengths, count)
+    return [_build([rollouts[i] for i in members], multiple) for members in bins]
+
+
+def _lengths(rollouts: Sequence[Rollout], limit: int) -> list[int]:
+    """Tokens that each rollout takes in a forward, after checking that it can be packed."""
+    if not rollouts:
+        raise ValueError("rollouts: got none, expected at least one to train on")
+    lengths = []
+    for rollout in rollouts:
+        prompt, response = len(rollout.prompt.token_ids), len(rollout.response_ids)
+        name = f"rollout of prompt {rollout.prompt.index}, sample {rollout.sample}"
+        if not prompt or not response or len(rollout.logp) != response:
+            raise ValueError(
+                f"{name}: got {prompt} prompt tokens, {response} response tokens, "
+                f"{len(rollout.logp)} log-probabilities; expected at least one token each, and a "
+                "log-probability for every response token"
+            )
+        if prompt + response - 1 > limit:
+            raise ValueError(
+                f"{name}: {prompt + response - 1} tokens do not fit train.microbatch_tokens="
+                f"{limit}; raise it, or lower rollout.max_tokens"
+            )
+        lengths.append(prompt + response - 1)
+    return lengths
+
+
+def _fewest(lengths: list[int], limit: int) -> int:
+    def heaviest(count: int) -> int:
+        return max(sum(lengths[i] for i in members) for members in _balance(lengths, count))
+
+    start = -(-sum(lengths) // limit)
+    return next(count for count in range(start, len(lengths) + 1) if heaviest(count) <= limit)
+
+
+def _balance(lengths: list[int], count: int) -> list[list[int]]:
+    """Put the longest first, each into the lightest bin; members of a bin keep their order.
+
+    The heaviest bin never gets heavier with more bins (at any time the loads of `count` bins
+    dominate, sorted, the upper `count` of `count + 1`), which is what lets a replica use more.
+    """
+    bins: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0, index) for index in range(count)]
+    for member in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        load, index = heapq.heappop(loads)
+        bins[index].append(member)
+        heapq.heappush(loads, (load + lengths[member], index))
+    return [sorted(members) for members in bins]
+
+
+def _build(rollouts: list[Rollout], multiple: int) -> Microbatch:
+    prompt_S = np.array([len(r.prompt.token_ids) for r in rollouts])
+    response_S = np.array([len(r.response_ids) for r in rollouts])
+    length_S, tokens = prompt_S + response_S - 1, [_joined(r) for r in rollouts]
+    fill = -int(length_S.sum()) % multiple
+    if fill:
+        tokens.append(np.zeros(fill, np.int64))
+        length_S = np.append(length_S, fill)
+    start_S = length_S.cumsum() - length_S
+    sequences = range(len(rollouts))
+    last_prompt_S = start_S[: len(rollouts)] + prompt_S - 1
+    target_N = np.concatenate([np.array(r.response_ids, np.int64) for r in rollouts])
+    logp_N = np.concatenate([np.array(r.logp, np.float32) for r in rollouts])
+    return Microbatch(
+        token_T=torch.from_numpy(np.concatenate(tokens)),
+        position_T=torch.from_numpy(_count_up(length_S)),
+        cu_seqlens=torch.from_numpy(np.append(0, length_S.cumsum()).astype(np.int32)),
+        max_seqlen=int(length_S.max()),
+        source_N=torch.from_numpy(np.repeat(last_prompt_S, response_S) + _count_up(response_S)),
+        target_N=torch.from_numpy(target_N),
+        weight_N=torch.ones(len(target_N)),
+        rollout_logp_N=torch.from_numpy(logp_N),
+        sequence_N=torch.from_numpy(np.repeat(sequences, response_S)),
+    )
+
+
+def _joined(rollout: Rollout) -> np.ndarray:
+    return np.array(rollout.prompt.token_ids + rollout.response_ids[:-1], np.int64)
+
+
+def _count_up(length_S: np.ndarray) -> np.ndarray:
+    """Return 0 … length-1 for every length, one after the other."""
+    return np.arange(length_S.sum()) - np.repeat(length_S.cumsum() - length_S, length_S)

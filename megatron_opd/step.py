@@ -1,0 +1,143 @@
+"""One optimiser update: microbatch schedule, global token normaliser, clip, scheduler.
+
+Gradients are sums over tokens until the very end, where Megatron divides them once by the number of
+supervised tokens of the whole step (`calculate_per_token_loss`): a token weighs the same wherever
+it was packed and whichever replica holds it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+
+from megatron_opd import config as cfg
+from megatron_opd.loss import Objective
+from megatron_opd.metrics import Metrics
+from megatron_opd.model import enter_head
+from megatron_opd.model.pipeline import run_schedule
+from megatron_opd.parallel import Parallel
+from megatron_opd.types import Head, HiddenScores, Microbatch
+
+Scores = Sequence[HiddenScores | None]
+
+
+@dataclass(frozen=True)
+class Student:
+    """The trained model with what trains it: gradient buffers, optimiser and schedule."""
+
+    model: Any  # the bare model: generation, export
+    ddp: Any  # the same model with gradient buffers: training
+    optimizer: Any
+    scheduler: OptimizerParamScheduler
+    parallel: Parallel
+    vocab_size: int
+
+    def head(self) -> Head:
+        """Return the output projection (last pipeline stage only)."""
+        return self.model.head(self.vocab_size)
+
+
+def make_student(
+    model: Any, parallel: Parallel, optimizer: cfg.Optimizer, *, steps: int, vocab_size: int
+) -> Student:
+    """Give `model` gradient buffers in fp32, AdamW on fp32 main parameters, and a schedule."""
+    ddp = DistributedDataParallel(
+        config=model.config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=optimizer.distributed,
+            check_for_nan_in_grad=True,
+        ),
+        module=model,
+    )
+    adamw = get_megatron_optimizer(_optimizer_config(optimizer, model.config.params_dtype), [ddp])
+    model.config.grad_scale_func = adamw.scale_loss
+    model.config.no_sync_func = ddp.no_sync
+    model.config.finalize_model_grads_func = finalize_model_grads
+    return Student(
+        model=model,
+        ddp=ddp,
+        optimizer=adamw,
+        scheduler=_scheduler(adamw, optimizer, steps),
+        parallel=parallel,
+        vocab_size=vocab_size,
+    )
+
+
+def _optimizer_config(optimizer: cfg.Optimizer, dtype: torch.dtype) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.betas[0],
+        adam_beta2=optimizer.betas[1],
+        adam_eps=optimizer.eps,
+        clip_grad=optimizer.clip_norm,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=optimizer.distributed,
+    )
+
+
+def _scheduler(adamw: Any, optimizer: cfg.Optimizer, steps: int) -> OptimizerParamScheduler:
+    """Build the schedule. It is advanced *before* an update: the first one is not wasted on lr 0,
+    and the decay ends one step after the last one, which is not wasted either."""
+    return OptimizerParamScheduler(
+        adamw,
+        init_lr=0.0,
+        max_lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        lr_warmup_steps=optimizer.warmup_steps,
+        lr_decay_steps=max(steps, optimizer.warmup_steps) + 1,
+        lr_decay_style=optimizer.schedule,
+        start_wd=optimizer.weight_decay,
+        end_wd=optimizer.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+
+
+def train_step(
+    student: Student, microbatches: Sequence[Microbatch], scores: Scores, objective: Objective
+) -> Metrics:
+    """Take one optimiser step on all microbatches of all replicas; return what it measured.
+
+    Collective over every rank. `scores[i]` judges `microbatches[i]` (last stage; None without a
+    teacher).
+
+    Raises:
+        FloatingPointError: the gradient is not finite; no weight was changed.
+    """
+    model = student.model
+    model.train()
+    student.ddp.zero_grad_buffer()
+    student.optimizer.zero_grad()
+    metrics = Metrics()
+
+    def loss(index: int, hidden: Tensor):
+        batch = microbatches[index]
+        hidden_TH = enter_head(hidden, student.parallel)
+        total, sums, maxima = objective(
+            hidden_TH.index_select(0, batch.source_N), student.head(), batch, scores[index]
+        )
+        metrics.add(sums, maxima)
+        return total, torch.tensor(batch.target_N.numel(), dtype=torch.int), None
+
+    run_schedule(student.ddp, microbatches, loss, forward_only=False)
+    student.scheduler.step(1)
+    finite, grad_norm, _ = student.optimizer.step()
+    if not finite:
+        raise FloatingPointError("the gradient is not finite; no weight was changed in this step")
+    metrics.set("optim/grad_norm", float(grad_norm))
+    metrics.set("optim/lr", student.optimizer.param_groups[0]["lr"])
+    return metrics

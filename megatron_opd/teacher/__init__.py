@@ -1,0 +1,16 @@
+"""Who judges: a frozen teacher on the student's own ranks."""
+
+from typing import Protocol
+
+from megatron_opd.types import HiddenScores, Microbatch
+
+
+class Teacher(Protocol):
+    """Judge every supervised token of every microbatch."""
+
+    def score(self, microbatches: list[Microbatch]) -> list[HiddenScores | None]:
+        """Return one judgement per microbatch on the last pipeline stage, None on the others."""
+        ...
+
+
+__all__ = ["Teacher"]

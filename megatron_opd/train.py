@@ -1,0 +1,69 @@
+"""The loop: generate, pack, score, step, log, save. Everything else is a part that it is given."""
+
+import time
+
+import torch
+
+from megatron_opd import config as cfg
+from megatron_opd import parallel as mesh
+from megatron_opd.job import Job
+from megatron_opd.step import train_step
+
+
+def main(config: cfg.Config) -> None:
+    """Run one job from its config; every rank calls this.
+
+    Raises:
+        ValueError: bad input, the same line on every rank.
+    """
+    parallel = mesh.initialize(
+        config.parallel.tp,
+        config.parallel.pp,
+        sequence_parallel=config.parallel.sequence_parallel,
+        seed=config.seed,
+        timeout_minutes=config.parallel.timeout_minutes,
+    )
+    job = Job(config, parallel)
+    start = job.restore()
+    if start == 0 and config.eval.at_start:
+        job.log(0, job.evaluate())
+    for step in range(start + 1, job.steps + 1):
+        clock = Clock()
+        job.engine.sync()  # first, so that a resumed run never samples with stale weights
+        rollouts = job.generate(step)
+        clock.lap("rollout")
+        microbatches = job.pack(rollouts)
+        scores = job.teacher.score(microbatches) if job.teacher else [None] * len(microbatches)
+        clock.lap("score")
+        metrics = train_step(job.student, microbatches, scores, job.objective)
+        clock.lap("train")
+        record = job.measure(metrics, rollouts, microbatches, clock.read())
+        if job.evaluates_at(step):
+            record |= job.evaluate()
+        job.log(step, record)
+        job.save_rollouts(step, rollouts)
+        if job.saves_at(step):
+            job.save(step)
+    if config.run.export:
+        job.export()
+    mesh.shutdown()
+
+
+class Clock:
+    """Seconds of each phase of a step."""
+
+    def __init__(self):
+        self.start = self.last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        """Charge the time since the previous lap to `phase`."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[f"time/{phase}_s"] = now - self.last
+        self.last = now
+
+    def read(self) -> dict[str, float]:
+        """Return the seconds of every phase, and of the whole step."""
+        return {**self.seconds, "time/step_s": self.last - self.start}

@@ -1,0 +1,158 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_opd.packing import _balance, needed_microbatches, pack
+from megatron_opd.types import Prompt, Rollout
+
+LIMIT = 64
+
+
+def make_rollouts(sizes):
+    """Rollouts of the given (prompt, response) lengths in which every token id is unique."""
+    rollouts, fresh = [], 1
+    for index, (prompt, response) in enumerate(sizes):
+        ids = tuple(range(fresh, fresh + prompt + response))
+        fresh += prompt + response
+        logp = tuple(-float(i) for i in ids[prompt:])  # names the token it belongs to
+        question = Prompt(index=index, token_ids=ids[:prompt], text="")
+        rollouts.append(Rollout(question, 0, ids[prompt:], logp, "stop"))
+    return rollouts
+
+
+size_lists = st.lists(
+    st.tuples(st.integers(1, 20), st.integers(1, 40)), min_size=1, max_size=24
+).filter(lambda sizes: all(p + r - 1 <= LIMIT for p, r in sizes))
+
+
+@settings(deadline=None)
+@given(size_lists, st.data())
+def test_every_response_token_is_supervised_once_by_its_predecessor(sizes, data):
+    rollouts = make_rollouts(sizes)
+    needed = needed_microbatches(rollouts, LIMIT)
+    count = data.draw(st.integers(needed, len(rollouts)))
+    multiple = data.draw(st.sampled_from([1, 2, 4]))
+    packed = pack(rollouts, microbatch_tokens=LIMIT, count=count, multiple=multiple)
+    assert len(packed) == count
+    supervised = {}
+    for mb in packed:
+        # ids are unique and consecutive: the predecessor of a token is the id before it
+        assert torch.equal(mb.token_T[mb.source_N] + 1, mb.target_N)
+        assert torch.equal(mb.rollout_logp_N, -mb.target_N.float())
+        assert torch.equal(mb.weight_N, torch.ones(len(mb.target_N)))
+        begin = mb.cu_seqlens[mb.sequence_N]
+        end = mb.cu_seqlens[mb.sequence_N + 1]
+        assert ((begin <= mb.source_N) & (mb.source_N < end)).all()
+        for token in mb.target_N.tolist():
+            assert token not in supervised
+            supervised[token] = True
+    assert sorted(supervised) == sorted(i for r in rollouts for i in r.response_ids)
+
+
+@settings(deadline=None)
+@given(size_lists, st.sampled_from([1, 2, 8]))
+def test_sequences_are_whole_and_positions_restart(sizes, multiple):
+    rollouts = make_rollouts(sizes)
+    inputs = {r.prompt.token_ids + r.response_ids[:-1] for r in rollouts}
+    for mb in pack(rollouts, microbatch_tokens=LIMIT, multiple=multiple):
+        bounds = mb.cu_seqlens.tolist()
+        assert bounds[0] == 0 and bounds[-1] == len(mb.token_T) == len(mb.position_T)
+        assert len(mb.token_T) % multiple == 0
+        assert len(mb.token_T) < LIMIT + multiple
+        assert mb.max_seqlen == int(mb.cu_seqlens.diff().max())
+        for begin, end in itertools.pairwise(bounds):
+            assert mb.position_T[begin:end].tolist() == list(range(end - begin))
+            tokens = tuple(mb.token_T[begin:end].tolist())
+            if tokens in inputs:
+                inputs.remove(tokens)
+            else:  # the fill: last, short, nothing but the id 0, and never a source
+                assert end == bounds[-1] and len(tokens) < multiple and set(tokens) == {0}
+                assert (mb.source_N < begin).all()
+    assert not inputs
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30))
+def test_loads_are_balanced_and_more_bins_are_never_heavier(lengths):
+    heaviest = []
+    for count in range(1, len(lengths) + 1):
+        loads = [sum(lengths[i] for i in members) for members in _balance(lengths, count)]
+        assert min(loads) > 0
+        # the lightest-bin rule: no bin is ahead of another by more than one sequence
+        assert max(loads) - min(loads) <= max(lengths)
+        heaviest.append(max(loads))
+    assert heaviest == sorted(heaviest, reverse=True)
+
+
+@settings(deadline=None)
+@given(size_lists)
+def test_fewest_microbatches_fit_and_one_less_does_not(sizes):
+    rollouts = make_rollouts(sizes)
+    needed = needed_microbatches(rollouts, LIMIT)
+    packed = pack(rollouts, microbatch_tokens=LIMIT)
+    assert len(packed) == needed
+    assert all(len(mb.token_T) <= LIMIT for mb in packed)
+    with pytest.raises(ValueError, match=r"count: got .* expected"):
+        pack(rollouts, microbatch_tokens=LIMIT, count=needed - 1)
+    with pytest.raises(ValueError, match=r"count: got"):
+        pack(rollouts, microbatch_tokens=LIMIT, count=len(rollouts) + 1)
+
+
+@settings(deadline=None)
+@given(size_lists, st.randoms())
+def test_the_order_of_rollouts_changes_no_supervision(sizes, random):
+    def supervised(rollouts):
+        packed = pack(rollouts, microbatch_tokens=LIMIT)
+        return sorted(int(t) for mb in packed for t in mb.target_N)
+
+    rollouts = make_rollouts(sizes)
+    shuffled = random.sample(rollouts, len(rollouts))
+    assert supervised(rollouts) == supervised(shuffled)
+
+
+def test_dtypes_and_a_worked_example():
+    mb = pack(make_rollouts([(2, 3), (1, 1)]), microbatch_tokens=8, multiple=4)[0]
+    assert mb.token_T.tolist() == [1, 2, 3, 4, 6, 0, 0, 0]
+    assert mb.position_T.tolist() == [0, 1, 2, 3, 0, 0, 1, 2]
+    assert mb.cu_seqlens.tolist() == [0, 4, 5, 8] and mb.cu_seqlens.dtype == torch.int32
+    assert mb.source_N.tolist() == [1, 2, 3, 4] and mb.source_N.dtype == torch.int64
+    assert mb.target_N.tolist() == [3, 4, 5, 7] and mb.token_T.dtype == torch.int64
+    assert mb.sequence_N.tolist() == [0, 0, 0, 1] and mb.sequence_N.dtype == torch.int64
+    assert mb.rollout_logp_N.dtype == mb.weight_N.dtype == torch.float32
+    assert mb.max_seqlen == 4
+
+
+def test_a_step_of_real_size_packs_fast_and_evenly():
+    rng = np.random.default_rng(0)
+    sizes = zip(rng.integers(50, 1024, 256), rng.integers(100, 7168, 256), strict=True)
+    rollouts = make_rollouts([(int(p), int(r)) for p, r in sizes])
+    packed = pack(rollouts, microbatch_tokens=16384)
+    loads = [len(mb.token_T) for mb in packed]
+    lower_bound = -(-sum(loads) // 16384)
+    assert len(packed) <= lower_bound + 3
+    assert min(loads) > 0.9 * max(loads)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "line"),
+    [
+        ([], "got none"),
+        ([(3, 0)], "prompt 0, sample 0: got 3 prompt tokens, 0 response tokens"),
+        ([(0, 3)], "got 0 prompt tokens"),
+        ([(5, 5), (60, 6)], r"prompt 1, sample 0: 65 tokens do not fit .*microbatch_tokens=64"),
+    ],
+)
+def test_what_cannot_be_packed_is_one_line(sizes, line):
+    with pytest.raises(ValueError, match=line) as raised:
+        pack(make_rollouts(sizes), microbatch_tokens=LIMIT)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_response_without_its_log_probabilities_is_refused():
+    rollout = Rollout(Prompt(0, (1,), ""), 0, (2, 3), (-1.0,), "stop")
+    with pytest.raises(ValueError, match="2 response tokens, 1 log-prob"):
+        needed_microbatches([rollout], LIMIT)
