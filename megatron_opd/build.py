@@ -1,6 +1,5 @@
 """Config → parts: tokenizer, prompts, student, teacher, engine, objective."""
 
-import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,27 @@ from transformers import AutoTokenizer, GenerationConfig
 from megatron_opd import config as cfg
 from megatron_opd.data import encode_response, load_prompts
 from megatron_opd.loss import Objective
-from megatron_opd.model import build_model, load_hf, padded_vocab, read_config
+from megatron_opd.metrics import RunLog
+from megatron_opd.model import architecture, build_model, load_hf, padded_vocab
 from megatron_opd.parallel import Parallel
+from megatron_opd.reward import REWARDS
 from megatron_opd.rollout import RolloutEngine, Sampling
 from megatron_opd.rollout.megatron import MegatronEngine
 from megatron_opd.rollout.replay import ReplayEngine
 from megatron_opd.step import Student, make_student
 from megatron_opd.teacher.megatron import MegatronTeacher
-from megatron_opd.types import Prompt
+from megatron_opd.types import Prompt, Reward
 
-log = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+RECOMPUTE: dict[str, dict[str, Any]] = {  # train.recompute → Megatron's fields
+    "none": {},
+    "selective": {"recompute_granularity": "selective"},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
 
 
 def load_tokenizer(path: str) -> Any:
@@ -54,8 +63,9 @@ def load_data(config: cfg.Config, tokenizer: Any) -> tuple[list[Prompt], list[Pr
             f"train.prompts_per_step: got {config.train.prompts_per_step}, expected at most the "
             f"{len(prompts)} prompts in data.prompts"
         )
-    held_out = load_prompts(config.data, tokenizer, config.eval.prompts, require=("answer",))
-    return prompts, held_out
+    if not config.eval.prompts:
+        return prompts, []
+    return prompts, load_prompts(config.data, tokenizer, config.eval.prompts, require=("answer",))
 
 
 def count_steps(config: cfg.Config, prompts: int) -> int:
@@ -63,32 +73,30 @@ def count_steps(config: cfg.Config, prompts: int) -> int:
     return config.train.steps or prompts * config.train.epochs // config.train.prompts_per_step
 
 
-def sampling(config: cfg.Config, stops: tuple[int, ...]) -> Sampling:
-    """Return how training responses are drawn."""
-    r = config.rollout
-    return Sampling(r.max_tokens, r.temperature, r.top_p, r.top_k, stops)
-
-
-def eval_sampling(config: cfg.Config, stops: tuple[int, ...]) -> Sampling:
-    """Return how evaluation responses are drawn."""
-    e = config.eval
-    return Sampling(e.max_tokens or config.rollout.max_tokens, e.temperature, e.top_p, 0, stops)
+def samplings(config: cfg.Config, stops: tuple[int, ...]) -> tuple[Sampling, Sampling]:
+    """Return how training responses and how evaluation responses are drawn."""
+    r, e = config.rollout, config.eval
+    longest = e.max_tokens or r.max_tokens
+    return (
+        Sampling(r.max_tokens, r.temperature, r.top_p, r.top_k, stops),
+        Sampling(longest, e.temperature, e.top_p, 0, stops),
+    )
 
 
 def build_student(
     config: cfg.Config, parallel: Parallel, *, vocab_size: int, steps: int
 ) -> Student:
     """Build the student on its ranks, with its weights, gradient buffers and optimiser."""
+    random = config.student.init == "random"
     model = build_model(
         config.student.path,
         parallel,
         dtype=DTYPES[config.student.dtype],
-        megatron={**_recompute(config.train.recompute), **config.megatron},
+        megatron={**RECOMPUTE[config.train.recompute], **config.megatron},
+        seed=config.seed if random else None,
     )
-    if config.student.init == "hf":
+    if not random:
         load_hf(model, config.student.path, parallel, vocab_size=vocab_size)
-    else:
-        init_random(model, config.student.path, parallel, seed=config.seed)
     return make_student(model, parallel, config.optimizer, steps=steps, vocab_size=vocab_size)
 
 
@@ -98,29 +106,21 @@ def build_teacher(
     """Build the frozen teacher beside the student, its vocabulary cut to the student's shards."""
     if config.teacher is None:
         return None
-    rows = read_config(config.student.path)["vocab_size"]
+    rows = architecture(config.student.path).vocab_rows
     model = build_model(
         config.teacher.path,
         parallel,
         dtype=DTYPES[config.teacher.dtype or config.student.dtype],
         padded_vocab=padded_vocab(rows, parallel.tp),
         trainable=False,
+        seed=None,
     )
     load_hf(model, config.teacher.path, parallel, vocab_size=vocab_size)
-    return MegatronTeacher(
-        model, parallel, vocab_size=vocab_size, offload=config.teacher.offload
-    )
+    return MegatronTeacher(model, parallel, vocab_size=vocab_size, offload=config.teacher.offload)
 
 
-def build_engine(config: cfg.Config, student: Student, tokenizer: Any) -> RolloutEngine:
-    """Build what writes the training responses."""
-    if config.rollout.engine == "replay":
-        return ReplayEngine(partial(encode_response, tokenizer))
-    return embedded_engine(config, student)
-
-
-def embedded_engine(config: cfg.Config, student: Student) -> MegatronEngine:
-    """Build the engine that generates with the student itself: rollouts and evaluation."""
+def build_writer(config: cfg.Config, student: Student) -> MegatronEngine:
+    """Build the engine that generates with the student itself."""
     return MegatronEngine(
         student.model,
         student.parallel,
@@ -129,21 +129,34 @@ def embedded_engine(config: cfg.Config, student: Student) -> MegatronEngine:
     )
 
 
+def build_engine(config: cfg.Config, writer: RolloutEngine, tokenizer: Any) -> RolloutEngine:
+    """Return what writes the training responses: the student's `writer`, or the dataset."""
+    if config.rollout.engine == "replay":
+        return ReplayEngine(partial(encode_response, tokenizer))
+    return writer
+
+
 def build_objective(config: cfg.Config) -> Objective:
-    """Translate the objective section, and tell the loss how hot the rollouts were."""
-    return Objective(
-        **config.objective.model_dump(), rollout_temperature=config.rollout.temperature
+    """Translate the objective section, and tell the loss how the responses were drawn."""
+    drawn = config.rollout.engine != "replay"
+    temperature = config.rollout.temperature if drawn else None
+    return Objective(**config.objective.model_dump(), rollout_temperature=temperature)
+
+
+def build_reward(config: cfg.Config) -> Reward:
+    """Find the function that scores evaluation responses."""
+    return cfg.resolve(config.eval.reward, REWARDS)
+
+
+def open_log(config: cfg.Config, resume_step: int) -> RunLog:
+    """Open the run directory: the resolved config, metrics and their mirrors; rank 0 only."""
+    folder = Path(config.run.dir)
+    run_log = RunLog(
+        folder,
+        config.model_dump(mode="json"),
+        tensorboard=config.run.tensorboard,
+        wandb=config.run.wandb,
+        resume_step=resume_step,
     )
-
-
-def _recompute(kind: str) -> dict[str, Any]:
-    """Translate train.recompute into Megatron's fields."""
-    if kind == "none":
-        return {}
-    if kind == "selective":
-        return {"recompute_granularity": "selective"}
-    return {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    }
+    (folder / "config.yaml").write_text(cfg.to_yaml(config))
+    return run_log

@@ -5,9 +5,10 @@ file is read: code that receives a section trusts it.
 """
 
 import difflib
+import importlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -197,6 +198,8 @@ class Run(Section):
 
     dir: str = "runs/opd"
     """Directory of this run; an existing one is refused unless resuming."""
+    print_every: Positive = 1
+    """Steps between console lines; every step is in metrics.jsonl."""
     save_every: Natural = 0
     """Steps between checkpoints; 0: none."""
     keep: Positive = 2
@@ -477,3 +480,20 @@ def _suggestion(key: str) -> str:
     close += [path for path, field in known.items() if field == name]
     close += difflib.get_close_matches(key, list(known), n=1, cutoff=0.75)
     return f"; did you mean {close[0]}?" if close else "; --help lists every key"
+
+
+def resolve(name: str, table: Mapping[str, Any]) -> Any:
+    """Return the built-in called `name`, else the attribute of "module:attr".
+
+    Raises:
+        ValueError: neither exists; names the built-ins.
+    """
+    if name in table:
+        return table[name]
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"'{name}': got {error}; expected one of {', '.join(table)}, or module:attr"
+        ) from None

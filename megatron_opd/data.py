@@ -41,6 +41,8 @@ def load_prompts(
         for file in (data.prompts if files is None else files)
         for number, columns in enumerate(_read(file))
     ]
+    if not rows:  # of no files
+        return []
     # a template writes its special tokens itself; plain text gets what the tokenizer adds (BOS)
     tokens = tokenizer(
         [row.text for row in rows], add_special_tokens=data.template == "none", verbose=False

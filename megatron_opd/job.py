@@ -1,5 +1,7 @@
 """One job: the parts that its config asks for, and what is kept of their work."""
 
+import json
+import logging
 from pathlib import Path
 
 import torch
@@ -8,41 +10,47 @@ import torch.distributed as dist
 from megatron_opd import build, checkpoint
 from megatron_opd import config as cfg
 from megatron_opd.data import PromptStream, vocab_size
+from megatron_opd.evaluation import evaluate
+from megatron_opd.metrics import Metrics, RunLog, console_line
+from megatron_opd.model import save_hf
 from megatron_opd.packing import needed_microbatches, pack
 from megatron_opd.parallel import Parallel
 from megatron_opd.rollout import request_seed
 from megatron_opd.types import Microbatch, Rollout
 
+log = logging.getLogger("megatron_opd")
+
 
 class Job:
-    """Student, teacher, engine, data and files of one run; every method is collective."""
+    """Student, teacher, engine, data and files of one run. Every method is collective."""
 
     def __init__(self, config: cfg.Config, parallel: Parallel):
         self.config, self.parallel = config, parallel
         self.folder = Path(config.run.dir)
         self.tokenizer = build.load_tokenizer(config.student.path)
-        size, stops = vocab_size(self.tokenizer), build.stop_ids(config, self.tokenizer)
         prompts, self.held_out = parallel.owner(lambda: build.load_data(config, self.tokenizer))
         self.steps = build.count_steps(config, len(prompts))
         self.stream = PromptStream(prompts, config.seed, config.data.shuffle)
+        self.run_log: RunLog | None = None
+        size, stops = vocab_size(self.tokenizer), build.stop_ids(config, self.tokenizer)
         self.student = build.build_student(config, parallel, vocab_size=size, steps=self.steps)
         self.teacher = build.build_teacher(config, parallel, vocab_size=size)
         self.objective = build.build_objective(config)
-        self.writer = build.embedded_engine(config, self.student)  # answers evaluation prompts
+        self.writer = build.build_writer(config, self.student)  # answers evaluation prompts
         self.engine = build.build_engine(config, self.writer, self.tokenizer)
-        self.sampling = build.sampling(config, stops)
-        self.eval_sampling = build.eval_sampling(config, stops)
+        self.sampling, self.eval_sampling = build.samplings(config, stops)
+        self.reward = build.build_reward(config)
 
     def restore(self) -> int:
-        """Open the log, from the newest checkpoint when resuming; return the last finished step."""
-        step, newest = 0, None
+        """Open the log, at the newest checkpoint when resuming; return the last finished step."""
+        newest, step = None, 0
         if self.config.run.resume:
             newest = checkpoint.latest(self.folder / "checkpoints", self.parallel)
         if newest is not None:
             state = checkpoint.load(newest, self.student)
             self.stream.load_state_dict(state["stream"])
             step = state["step"]
-        self.run_log = self.parallel.main_only(lambda: build.run_log(self.config, step))
+        self.run_log = self.parallel.main_only(lambda: build.open_log(self.config, step))
         return step
 
     def generate(self, step: int) -> list[Rollout]:
@@ -63,3 +71,95 @@ class Job:
         multiple = self.parallel.tp if self.parallel.sequence_parallel else 1
         packed = pack(rollouts, microbatch_tokens=limit, count=int(needed), multiple=multiple)
         return [batch.to(self.parallel.device) for batch in packed]
+
+    def measure(
+        self,
+        metrics: Metrics,
+        rollouts: list[Rollout],
+        microbatches: list[Microbatch],
+        seconds: dict[str, float],
+    ) -> dict[str, float]:
+        """Join what the loss, the rollouts and the clock say about one step."""
+        for rollout in rollouts:
+            metrics.mean("rollout/response_tokens", len(rollout.response_ids), 1)
+            metrics.mean("rollout/truncated_fraction", rollout.finish == "length", 1)
+        packed = sum(batch.token_T.numel() for batch in microbatches)
+        metrics.mean("train/packed_tokens", packed * self.parallel.dp, 1)
+        record = metrics.reduce(None, self.parallel.device)
+        rate = record["train/packed_tokens"] / seconds["time/step_s"]
+        counts = {"train/microbatches": len(microbatches), "data/epoch": self.stream.progress}
+        return record | counts | seconds | {"perf/tokens_per_s": rate}
+
+    def evaluates_at(self, step: int) -> bool:
+        """Say whether held-out prompts are due after `step`."""
+        section = self.config.eval
+        if not self.held_out:
+            return False
+        if step in (0, self.steps):
+            return section.at_end if step else section.at_start
+        return bool(section.every) and step % section.every == 0
+
+    def evaluate(self) -> dict[str, float]:
+        """Measure the student on the held-out prompts."""
+        return evaluate(
+            self.writer,
+            self.held_out,
+            self.reward,
+            n=self.config.eval.n,
+            sampling=self.eval_sampling,
+            seed=request_seed(self.config.seed, 0),
+            tokenizer=self.tokenizer,
+            parallel=self.parallel,
+        )
+
+    def log(self, step: int, record: dict[str, float]) -> None:
+        """Write a step's record and tell the user."""
+        if self.run_log is not None:
+            self.run_log.log(step, record)
+            every = self.config.run.print_every
+            if step % every == 0 or step == self.steps or "eval/accuracy" in record:
+                log.info(console_line(step, self.steps, record))
+
+    def save_rollouts(self, step: int, rollouts: list[Rollout]) -> None:
+        """Write the step's rollouts of rank 0's replica as text, when due."""
+        every = self.config.run.save_rollouts_every
+        if not every or step % every or not self.parallel.is_main:
+            return
+        folder = self.folder / "rollouts"
+        folder.mkdir(exist_ok=True)
+        with (folder / f"step_{step:06d}.jsonl").open("w") as file:
+            for rollout in rollouts:
+                file.write(json.dumps(self._as_text(rollout), ensure_ascii=False) + "\n")
+
+    def _as_text(self, rollout: Rollout) -> dict:
+        return {
+            "prompt": rollout.prompt.text,
+            "response": self.tokenizer.decode(rollout.response_ids),
+            "answer": rollout.prompt.answer,
+            "finish": rollout.finish,
+            "tokens": len(rollout.response_ids),
+            "logp_mean": sum(rollout.logp) / len(rollout.logp),
+        }
+
+    def saves_at(self, step: int) -> bool:
+        """Say whether a checkpoint is due after `step`."""
+        every = self.config.run.save_every
+        return bool(every) and (step % every == 0 or step == self.steps)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint from which the run goes on bit by bit as if never interrupted."""
+        state = {"step": step, "stream": self.stream.state_dict()}
+        folder = self.folder / "checkpoints"
+        checkpoint.save(folder, self.student, state, keep=self.config.run.keep)
+
+    def export(self) -> None:
+        """Write the student as a Hugging Face directory."""
+        folder = self.folder / "hf" / f"step_{self.steps:06d}"
+        save_hf(self.student.model, self.config.student.path, folder, self.parallel)
+        if self.parallel.is_main:
+            log.info("exported %s", folder)
+
+    def close(self) -> None:
+        """Flush and close the log and its mirrors."""
+        if self.run_log is not None:
+            self.run_log.close()

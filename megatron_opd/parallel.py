@@ -63,15 +63,15 @@ class Parallel:
         """Global rank of this replica's last pipeline stage, first tensor-parallel rank."""
         return ((self.pp - 1) * self.dp + self.dp_rank) * self.tp
 
-    def broadcast(self, value: T, src: int = 0) -> T:
-        """Return rank `src`'s picklable `value` on every rank."""
-        box = [value]
-        dist.broadcast_object_list(box, src=src)
-        return box[0]
-
     def owner(self, function: Callable[[], T]) -> T:
         """Run `function` on rank 0 alone and return its value, or raise its error, everywhere."""
         return self.agree(function, ranks=(0,))[0]
+
+    def main_only(self, function: Callable[[], T]) -> T | None:
+        """Run `function` on rank 0 and keep its value there; raise its error everywhere."""
+        kept: list[T] = []
+        self.agree(lambda: kept.append(function()), ranks=(0,))
+        return kept[0] if kept else None
 
     def agree(self, function: Callable[[], T], ranks: tuple[int, ...] | None = None) -> list[T]:
         """Run `function` on `ranks` (default: all) and return all their picklable values.
@@ -91,9 +91,6 @@ class Parallel:
             if message is not None:
                 raise ValueError(message)
         return [value for value, _ in seen]
-
-    def barrier(self) -> None:
-        dist.barrier()
 
 
 def check_layout(world: int, tp: int, pp: int) -> int:
@@ -124,7 +121,7 @@ def initialize(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        for name, value in dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR="localhost").items():
+        for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}.items():
             os.environ.setdefault(name, str(value))
         os.environ.setdefault("MASTER_PORT", "0" if world == 1 else "29500")
         dist.init_process_group(platform.backend(), timeout=timedelta(minutes=timeout_minutes))

@@ -5,6 +5,7 @@ supervised tokens of the whole step (`calculate_per_token_loss`): a token weighs
 it was packed and whichever replica holds it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,6 @@ def make_student(
         ddp_config=DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=optimizer.distributed,
-            check_for_nan_in_grad=True,
         ),
         module=model,
     )
@@ -82,7 +82,7 @@ def _optimizer_config(optimizer: cfg.Optimizer, dtype: torch.dtype) -> Optimizer
         adam_beta1=optimizer.betas[0],
         adam_beta2=optimizer.betas[1],
         adam_eps=optimizer.eps,
-        clip_grad=optimizer.clip_norm,
+        clip_grad=optimizer.clip_norm or math.inf,  # 0 would not even measure the norm
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=optimizer.distributed,
@@ -116,7 +116,7 @@ def train_step(
     teacher).
 
     Raises:
-        FloatingPointError: the gradient is not finite; no weight was changed.
+        FloatingPointError: the gradient is not finite; on every rank.
     """
     model = student.model
     model.train()
@@ -135,9 +135,12 @@ def train_step(
 
     run_schedule(student.ddp, microbatches, loss, forward_only=False)
     student.scheduler.step(1)
-    finite, grad_norm, _ = student.optimizer.step()
-    if not finite:
-        raise FloatingPointError("the gradient is not finite; no weight was changed in this step")
+    _, grad_norm, _ = student.optimizer.step()
+    if not math.isfinite(grad_norm):  # the norm is global: every rank stops, and none waits
+        raise FloatingPointError(
+            f"the gradient norm is {grad_norm}: the weights in memory are lost; go on from the last "
+            "checkpoint with run.resume=true, with a lower optimizer.lr perhaps"
+        )
     metrics.set("optim/grad_norm", float(grad_norm))
     metrics.set("optim/lr", student.optimizer.param_groups[0]["lr"])
     return metrics

@@ -25,7 +25,7 @@ def main(config: cfg.Config) -> None:
     )
     job = Job(config, parallel)
     start = job.restore()
-    if start == 0 and config.eval.at_start:
+    if job.evaluates_at(start) and start == 0:
         job.log(0, job.evaluate())
     for step in range(start + 1, job.steps + 1):
         clock = Clock()
@@ -46,6 +46,7 @@ def main(config: cfg.Config) -> None:
             job.save(step)
     if config.run.export:
         job.export()
+    job.close()
     mesh.shutdown()
 
 

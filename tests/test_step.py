@@ -16,7 +16,7 @@ from tests.tiny import VOCAB, make_rollouts, qwen3
 SHAPES = [(3, 5), (7, 2), (4, 9), (2, 1), (6, 6), (5, 12), (9, 3), (1, 4)]
 OBJECTIVES = {
     "student_topk": Objective("student_topk", k=8, chunk_tokens=7),
-    "full": Objective("full", student_temperature=0.7, chunk_tokens=16),
+    "full": Objective("full", student_temperature=0.7, teacher_temperature=0.7, chunk_tokens=16),
     "sampled": Objective("sampled"),
     "cross_entropy": Objective("sampled", "cross_entropy", rollout_temperature=None),
 }
@@ -100,3 +100,91 @@ def test_every_layout_gives_the_weights_of_one_process(objective, layout):
 def test_tied_embeddings(layout):
     kwargs = dict(objective="student_topk", tied=True)
     assert_same(train((1, 1), **kwargs), train(**LAYOUTS[layout], **kwargs), atol=1e-6)
+
+
+def test_invariant_to_microbatching_packing_and_order():
+    one = train((1, 1), "student_topk", tokens=1000)  # one microbatch
+    for pieces in (dict(tokens=20), dict(tokens=57, reverse=True)):
+        assert_same(one, train((1, 1), "student_topk", **pieces), atol=1e-6)
+
+
+def test_without_the_distributed_optimizer():
+    plain = ADAMW.model_copy(update={"distributed": False})
+    one = train((1, 1), "student_topk", world=2)
+    assert_same(one, train((1, 1), "student_topk", world=2, optimizer=plain), atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("objective", ["student_topk", "full", "sampled"])
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(objective, layout):
+    still = cfg.Optimizer(lr=1e-2, weight_decay=0.0)
+    for sp in {False, layout[0] > 1}:
+        history, _ = train(layout, objective, same=True, optimizer=still, steps=1, sp=sp)
+        assert abs(history[0]["loss/objective"]) < 1e-7
+        # frozen and trained layers multiply in another order: log p − log q is 1e-7, not 0
+        assert history[0]["optim/grad_norm"] < 1e-5
+        assert history[0]["distill/overlap_ratio"] == 1.0
+        assert abs(history[0]["distill/reverse_kl"]) < 1e-6
+
+
+def _bf16(rank, lr):
+    """Train in bf16; return how far the fp32 main weights and the bf16 ones went."""
+    parallel = mesh.initialize()
+    slow = cfg.Optimizer(lr=lr, weight_decay=0.0)
+    student, teacher = _parts(parallel, dtype=torch.bfloat16, optimizer=slow, tied=False)
+    batches = pack(make_rollouts(SHAPES), microbatch_tokens=1000)
+    before = {name: p.detach().clone() for name, p in student.model.named_parameters()}
+    main = [p for group in student.optimizer.param_groups for p in group["params"]]
+    start = [p.detach().clone() for p in main]
+    for _ in range(4):
+        metrics = train_step(student, batches, teacher.score(batches), OBJECTIVES["full"])
+    finite = metrics.reduce(None, parallel.device)["loss/objective"]
+    moved = max((p - q).abs().max() for p, q in zip(main, start, strict=True))
+    kept = {p.dtype for p in main} == {torch.float32}
+    same = [(p == before[name]).float().flatten() for name, p in student.model.named_parameters()]
+    return float(moved), kept, float(torch.cat(same).mean()), finite
+
+
+def test_bf16_keeps_main_weights_in_fp32():
+    ((moved, kept, unchanged, loss),) = run_ranks(_bf16, 1, 1e-6)
+    assert kept and 2e-6 < moved < 6e-6  # four steps of lr 1e-6 are all there ...
+    assert unchanged > 0.9  # ... though bf16 itself could not have held most of them
+    assert 0 < loss < 10
+
+
+def _explode(rank, layout):
+    parallel = mesh.initialize(*layout)
+    student, teacher = _parts(parallel, dtype=torch.float32, optimizer=ADAMW, tied=False)
+    batches = pack(make_rollouts(SHAPES), microbatch_tokens=1000)
+    scores = teacher.score(batches)
+    if parallel.is_last_stage:
+        scores[0].hidden_NH[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="gradient norm is nan"):
+        train_step(student, batches, scores, OBJECTIVES["full"])
+    return True
+
+
+def test_a_gradient_that_is_not_finite_stops_every_rank():
+    assert run_ranks(_explode, 2, (2, 1)) == [True, True]
+    assert run_ranks(_explode, 2, (1, 2)) == [True, True]
+
+
+def _schedule(rank, optimizer):
+    parallel = mesh.initialize()
+    student, _ = _parts(parallel, dtype=torch.float32, optimizer=optimizer, tied=False)
+    batches = pack(make_rollouts(SHAPES), microbatch_tokens=1000)
+    none = [None] * len(batches)
+    rates = []
+    for _ in range(10):
+        metrics = train_step(student, batches, none, OBJECTIVES["cross_entropy"])
+        rates.append(metrics.reduce(None, parallel.device)["optim/lr"])
+    decays = {group["wd_mult"]: group["weight_decay"] for group in student.optimizer.param_groups}
+    return rates, decays
+
+
+def test_learning_rate_schedule_wastes_no_step_and_norms_are_not_decayed():
+    linear = cfg.Optimizer(lr=1.0e-3, warmup_steps=2, schedule="linear", weight_decay=0.1)
+    ((rates, decays),) = run_ranks(_schedule, 1, linear)
+    expected = [0.5, 1.0, *(1 - i / 9 for i in range(1, 9))]
+    assert rates == pytest.approx([1e-3 * x for x in expected])
+    assert decays == {1.0: 0.1, 0.0: 0.0}

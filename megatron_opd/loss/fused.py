@@ -97,16 +97,17 @@ class HeadGradient:
         self, rows: slice, shard: VocabShard, ids_CK: Tensor, gradient_CK: Tensor
     ) -> None:
         """Where Σc = 0 only the logits in S have a gradient: K rows of the head, not V."""
-        hidden_CH, weight_VH = self.student.hidden_NH[rows], self.student.weight_VH
         column_CK, owned_CK = shard.own(ids_CK)
-        gradient_CK = gradient_CK.masked_fill(~owned_CK, 0.0).to(hidden_CH.dtype)
+        gradient_CK = gradient_CK.masked_fill(~owned_CK, 0.0)
         self.hidden_NH[rows] = F.embedding_bag(
-            column_CK, weight_VH, mode="sum", per_sample_weights=gradient_CK
+            column_CK,
+            self.student.weight_VH,
+            mode="sum",
+            per_sample_weights=gradient_CK.to(self.student.weight_VH.dtype),
         )
-        share_CKH = gradient_CK.unsqueeze(-1) * hidden_CH.unsqueeze(1)
-        self.weight_VH.index_add_(
-            0, column_CK.flatten(), share_CKH.flatten(0, 1).to(self.weight_VH.dtype)
-        )
+        hidden_CH = self.student.hidden_NH[rows].to(self.weight_VH.dtype)
+        for column_C, gradient_C in zip(column_CK.T, gradient_CK.T, strict=True):
+            self.weight_VH.index_add_(0, column_C, gradient_C.unsqueeze(-1) * hidden_CH)
 
 
 def _logit_gradient(terms: Terms, shard: VocabShard, scale_C1: Tensor) -> Tensor:

@@ -157,9 +157,9 @@ class Objective:
     ) -> Loss:
         """Judge the student's hidden states at the supervised tokens, [N, H].
 
-        Called by every rank of `head.group` with the same tokens. Gradients of the loss: complete
-        for `head.weight_VH`; for `hidden_NH` this rank's share, from its rows of the vocabulary. The
-        caller enters the head through a mapping whose backward sums the shares over the group.
+        Called by every rank of `head.group` with the same tokens. The gradient is complete for
+        `head.weight_VH`; for `hidden_NH` it is this rank's share, from its rows of the vocabulary,
+        and the caller enters the head through a mapping whose backward sums the shares.
 
         Raises:
             ValueError: no teacher where one is needed, or one where none is; k > vocabulary.

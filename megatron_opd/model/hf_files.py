@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_opd.model.config import DTYPES
 from megatron_opd.model.hf_map import Shape
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in _DTYPES.values()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # what belongs to a model besides its weights and config.json
 COMPANIONS = (
     "generation_config.json",
@@ -83,20 +85,22 @@ class TensorFiles:
         Raises:
             ValueError: tensors are missing, unknown or of another shape; names them.
         """
-        missing = [name for name in expected if name not in self._slices]
-        extra = [name for name in self._slices if name not in expected and not _ignored(name)]
-        wrong = []
-        for name, shape in expected.items():
-            got = self.shape(name) if name not in missing else shape
-            same = got[1:] == shape[1:] if name in free_rows else got == shape
-            if not same:
-                wrong.append(f"{name} {list(got)} (expected {list(shape)})")
-        problems = dict(missing=missing, unknown=extra, wrong_shape=wrong).items()
-        told = "; ".join(
-            f"{kind.replace('_', ' ')}: {_some(names)}" for kind, names in problems if names
-        )
+        problems = {
+            "missing": [name for name in expected if name not in self._slices],
+            "unknown": [n for n in self._slices if n not in expected and not _ignored(n)],
+            "wrong shape": [
+                f"{name} {list(self.shape(name))} (expected {list(shape)})"
+                for name, shape in expected.items()
+                if name in self._slices and not self._fits(name, shape, name in free_rows)
+            ],
+        }
+        told = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
         if told:
             raise ValueError(f"{self.folder}: tensors do not fit config.json: {told}")
+
+    def _fits(self, name: str, shape: Shape, free_rows: bool) -> bool:
+        first = 1 if free_rows else 0
+        return self.shape(name)[first:] == shape[first:]
 
     def read(self, name: str, dim: int | None, start: int, stop: int) -> Tensor:
         """Read `start:stop` along `dim` (None: the whole tensor), and nothing else."""
@@ -132,7 +136,7 @@ class ShardWriter:
                 shard, used = shard + 1, 0
             self.shard_of[name], used = shard, used + size
         self.shards = shard + 1
-        self.left = [list(self.shard_of.values()).count(i) for i in range(self.shards)]
+        self.left = Counter(self.shard_of.values())
 
     def _file(self, shard: int) -> str:
         if self.shards == 1:
@@ -150,12 +154,24 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Write the index, when there is more than one shard."""
-        assert not any(self.left), "every tensor of the manifest was added"
+        assert not any(self.left.values()), "every tensor of the manifest was added"
         if self.shards > 1:
             files = {name: self._file(shard) for name, shard in self.shard_of.items()}
             index = {"metadata": {"total_size": self.total}, "weight_map": files}
             text = json.dumps(index, indent=2)
             (self.folder / "model.safetensors.index.json").write_text(text)
+
+
+def fresh_folder(draft: Path, final: Path) -> None:
+    """Create `draft`, empty, to be renamed to `final`.
+
+    Raises:
+        ValueError: `final` exists.
+    """
+    if final.exists():
+        raise ValueError(f"{final} exists; remove it or choose another name")
+    shutil.rmtree(draft, ignore_errors=True)  # what a killed run left half written
+    draft.mkdir(parents=True)
 
 
 def write_config(config: Mapping[str, Any], folder: Path, dtype: torch.dtype) -> None:

@@ -7,12 +7,12 @@ rank's shard is the fusion of its slices, so the map needs one cut and one inter
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from megatron_opd.model.config import Architecture
-from megatron_opd.model.gpt import HiddenGPT
 
 Shape = tuple[int, ...]
 
@@ -30,12 +30,12 @@ class Weight:
 
     def fuse(self, parts: list[Tensor], tp: int) -> Tensor:
         """Interleave one rank's slices of the Hugging Face tensors into its Megatron shard."""
-        groups = self.groups // tp if self.groups > 1 else 1
+        groups = max(self.groups // tp, 1)
         return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
 
     def split(self, shard: Tensor, tp: int) -> list[Tensor]:
         """Undo `fuse`."""
-        groups = self.groups // tp if self.groups > 1 else 1
+        groups = max(self.groups // tp, 1)
         rows = [shape[0] for shape in self.hf.values()]
         per_group = [shard.size(0) * n // sum(rows) // groups for n in rows]
         return [x.flatten(0, 1) for x in shard.unflatten(0, (groups, -1)).split(per_group, 1)]
@@ -51,10 +51,10 @@ def manifest(arch: Architecture) -> dict[str, Shape]:
     return {name: shape for weight in weights(arch) for name, shape in weight.hf.items()}
 
 
-def stage_parameters(model: HiddenGPT) -> dict[str, nn.Parameter]:
+def stage_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return this pipeline stage's parameters, layers numbered as in the whole model."""
-    layers, found, first_layer = "decoder.layers.", {}, cast(Any, model.decoder.layers[0])
-    first = first_layer.layer_number - 1
+    layers, found, decoder = "decoder.layers.", {}, cast(Any, model.decoder)
+    first = decoder.layers[0].layer_number - 1
     for name, parameter in model.named_parameters():
         if name.startswith(layers):
             local, rest = name.removeprefix(layers).split(".", 1)

@@ -5,7 +5,6 @@ Every rank reads just its own slices. Exporting streams: one fused parameter at 
 
 import hashlib
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +14,13 @@ from torch import Tensor
 
 from megatron_opd.model.config import HFConfig, read_config
 from megatron_opd.model.gpt import HiddenGPT
-from megatron_opd.model.hf_files import ShardWriter, TensorFiles, copy_companions, write_config
+from megatron_opd.model.hf_files import (
+    ShardWriter,
+    TensorFiles,
+    copy_companions,
+    fresh_folder,
+    write_config,
+)
 from megatron_opd.model.hf_map import Shape, Weight, manifest, stage_parameters, weights
 from megatron_opd.parallel import Parallel
 
@@ -180,7 +185,7 @@ def save_hf(
     """
     final = Path(folder)
     draft = final.with_name(f"tmp_{final.name}")
-    parallel.owner(lambda: _fresh(draft, final))
+    parallel.owner(lambda: fresh_folder(draft, final))
     size = torch.empty(0, dtype=model.config.params_dtype).element_size()
     shapes = manifest(model.architecture)
     sizes = {name: math.prod(shape) * size for name, shape in shapes.items()}
@@ -203,10 +208,3 @@ def save_hf(
         draft.rename(final)
 
     parallel.owner(publish)
-
-
-def _fresh(draft: Path, final: Path) -> None:
-    if final.exists():
-        raise ValueError(f"{final} exists; remove it or choose another name")
-    shutil.rmtree(draft, ignore_errors=True)  # what a killed run left half written
-    draft.mkdir(parents=True)

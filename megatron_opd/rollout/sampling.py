@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw a response. `temperature=0` is greedy; `top_k=0` and `top_p=1` truncate nothing."""
+    """How to draw a response; `temperature=0` is greedy, `top_k=0` and `top_p=1` cut nothing."""
 
     max_tokens: int
     temperature: float = 1.0

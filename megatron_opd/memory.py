@@ -1,0 +1,112 @@
+"""How many bytes a run needs on its fullest rank: arithmetic on config.json, nothing is allocated.
+
+Weights, gradients and optimizer are exact up to buffers. Activations are the tensors that a layer
+keeps for its backward, attention without its matrix: an estimate.
+"""
+
+import math
+
+from megatron_opd.config import Config
+from megatron_opd.model import Architecture, architecture, padded_vocab
+from megatron_opd.model.hf_map import manifest, weights
+
+WIDTH = {"bfloat16": 2, "float32": 4}  # bytes
+Memory = dict[str, dict[str, int]]  # phase → what → bytes
+
+
+def count_parameters(path: str) -> int:
+    """Return the parameters of a Hugging Face directory's network, tied ones once."""
+    return sum(math.prod(shape) for shape in manifest(architecture(path)).values())
+
+
+def peak(memory: Memory) -> int:
+    """Return the bytes of the phase that needs most, with what is always there."""
+    phases = {phase: sum(parts.values()) for phase, parts in memory.items()}
+    return phases.pop("always") + max(phases.values())
+
+
+def estimate(config: Config, dp: int) -> Memory:
+    """Return what is always there, and what each phase of a step adds to it."""
+    student = architecture(config.student.path)
+    memory: Memory = {
+        "always": _training_state(config, student, dp),
+        "rollout": {},
+        "score": {},
+        "train": _training(config, student),
+    }
+    if config.rollout.engine == "megatron":
+        memory["rollout"]["key-value cache"] = _cache(config, student, dp)
+    if config.teacher is not None:
+        _add_teacher(memory, config, dp)
+    return memory
+
+
+def _training_state(config: Config, student: Architecture, dp: int) -> dict[str, int]:
+    size = _fullest_stage(student, config.parallel.tp, config.parallel.pp)
+    width = WIDTH[config.student.dtype]
+    # two running means, and the float32 weights behind bfloat16 ones
+    states = size * (12 if width == 2 else 8)
+    return {
+        "student weights": size * width,
+        "gradients, float32": size * 4,
+        "optimizer states": states // (dp if config.optimizer.distributed else 1),
+    }
+
+
+def _fullest_stage(arch: Architecture, tp: int, pp: int) -> int:
+    """Return the parameters on one rank of the pipeline stage that has most."""
+    stages = [0] * pp
+    for weight in weights(arch):
+        size = sum(math.prod(shape) for shape in weight.hf.values())
+        if weight.vocab:
+            size = size // arch.vocab_rows * padded_vocab(arch.vocab_rows, tp)
+        if weight.cut is not None:
+            size //= tp
+        stages[weight.layer * pp // arch.layers] += size
+        if weight.vocab and arch.tied and pp > 1:  # the last stage keeps a copy as its head
+            stages[-1] += size
+    return max(stages)
+
+
+def _cache(config: Config, student: Architecture, dp: int) -> int:
+    """Keys and values of the sequences that are decoded together, at their longest."""
+    parallel, rollout = config.parallel, config.rollout
+    sequences = min(rollout.batch_size, config.train.prompts_per_step // dp * rollout.n)
+    tokens = sequences * (config.data.max_prompt_tokens + rollout.max_tokens)
+    per_token = 2 * student.kv_heads * student.head_dim * student.layers
+    return tokens * per_token * WIDTH[config.student.dtype] // (parallel.tp * parallel.pp)
+
+
+def _training(config: Config, student: Architecture) -> dict[str, int]:
+    tp, models = config.parallel.tp, 1 if config.teacher is None else 2
+    columns = padded_vocab(student.vocab_rows, tp) // tp
+    return {
+        "activations": _activations(config, student),
+        # logits, log-probabilities and what turns into their gradient
+        "logits of a chunk, float32": 3 * models * config.objective.chunk_tokens * columns * 4,
+        "gradient of the head, float32": columns * student.hidden * 4,
+    }
+
+
+def _activations(config: Config, student: Architecture) -> int:
+    parallel, hidden = config.parallel, student.hidden
+    # per token of a layer: norms and residuals; queries, keys, values, gate, up and their products
+    shared = hidden / (parallel.tp if parallel.sequence_parallel else 1)
+    attention = 2 * (student.heads + student.kv_heads) * student.head_dim
+    layer = 4 * shared + (attention + 4 * student.ffn) / parallel.tp
+    layers = student.layers // parallel.pp
+    kept = shared * layers + layer if config.train.recompute == "full" else layer * layers
+    in_flight = parallel.pp  # microbatches that the first stage holds
+    width = WIDTH[config.student.dtype]
+    return int(kept * config.train.microbatch_tokens * width * in_flight)
+
+
+def _add_teacher(memory: Memory, config: Config, dp: int) -> None:
+    assert config.teacher is not None
+    teacher = architecture(config.teacher.path)
+    width = WIDTH[config.teacher.dtype or config.student.dtype]
+    size = _fullest_stage(teacher, config.parallel.tp, config.parallel.pp) * width
+    memory["score" if config.teacher.offload else "always"]["teacher weights"] = size
+    responses = config.train.prompts_per_step // dp * config.rollout.n
+    held = responses * config.rollout.max_tokens * teacher.hidden * width
+    memory["score"]["teacher hidden states"] = memory["train"]["teacher hidden states"] = held

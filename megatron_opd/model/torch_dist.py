@@ -1,0 +1,81 @@
+"""A model's weights in Megatron's `torch_dist` format: saved at one layout, loaded at any other."""
+
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_opd.model.config import HFConfig, read_config
+from megatron_opd.model.gpt import HiddenGPT
+from megatron_opd.model.hf_files import copy_companions, fresh_folder, write_config
+from megatron_opd.parallel import Parallel
+
+from megatron.core import dist_checkpointing  # isort: skip
+from megatron.core.dist_checkpointing.core import CheckpointingException  # isort: skip
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # isort: skip
+
+HF = "hf"  # subfolder with config.json, generation defaults and tokenizer
+
+
+def sharded_weights(model: HiddenGPT) -> dict[str, Any]:
+    """Return Megatron's sharded state of the parameters alone.
+
+    Transformer Engine adds `_extra_state` objects (fp8 scales, none here): without them, what one
+    layer spec saved the other one loads.
+    """
+    state = model.sharded_state_dict()
+    return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+
+
+def fork_checkpoint_writer() -> None:
+    """Let Megatron's checkpoint writer fork its queue instead of spawning it, without CUDA.
+
+    filesystem_async.py:54 spawns a Manager, which re-imports `__main__`: 2-4 s on every rank.
+    """
+    if not torch.cuda.is_available() and filesystem_async._results_queue is None:
+        filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
+
+
+def save_megatron(
+    model: HiddenGPT, source: HFConfig, folder: str | Path, parallel: Parallel
+) -> None:
+    """Write `folder` (torch_dist, plus `hf/`), complete or not at all; collective.
+
+    Raises:
+        ValueError: `folder` exists.
+    """
+    final = Path(folder)
+    draft = final.with_name(f"tmp_{final.name}")
+    parallel.owner(lambda: fresh_folder(draft, final))
+    fork_checkpoint_writer()
+    dist_checkpointing.save(sharded_weights(model), str(draft))
+
+    def publish() -> None:
+        (draft / HF).mkdir()
+        write_config(read_config(source), draft / HF, model.config.params_dtype)
+        if not isinstance(source, dict):
+            copy_companions(Path(source), draft / HF)
+        draft.rename(final)
+
+    parallel.owner(publish)
+
+
+def load_megatron(model: HiddenGPT, folder: str | Path, parallel: Parallel) -> None:
+    """Load what `save_megatron` wrote, at any layout; collective.
+
+    Raises:
+        ValueError: `folder` is not such a checkpoint, or is one of another model.
+    """
+
+    def load() -> None:
+        try:
+            state = dist_checkpointing.load(sharded_weights(model), str(folder))
+        except CheckpointingException as problem:
+            told = " ".join(str(problem).split())
+            raise ValueError(f"{folder}: not a checkpoint of this model: {told}") from None
+        lost = model.load_state_dict(state, strict=False)
+        lost = [key for key in lost.missing_keys if not key.endswith("_extra_state")]
+        assert not lost, f"Megatron loaded no value for {lost}"
+
+    parallel.agree(load)

@@ -1,0 +1,240 @@
+"""What is wrong or too large, found before a model is loaded.
+
+`check` reads a few small files and runs on every rank, before they meet. `preflight` adds what is
+worth doing once: tokenizers, prompts, and the arithmetic of batches and memory.
+"""
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_opd import build, memory, platform
+from megatron_opd.config import Config, cautions
+from megatron_opd.data import same_tokenizer, vocab_size
+from megatron_opd.model import architecture
+from megatron_opd.model import check_layout as check_network_layout
+from megatron_opd.model.transformer import transformer_config
+from megatron_opd.parallel import check_layout
+from megatron_opd.types import Prompt
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, and what it will need."""
+
+    config: Config
+    world: int
+    dp: int
+    steps: int
+    prompts: list[Prompt]
+    held_out: list[Prompt]  # for evaluation
+    warnings: list[str]
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens."""
+        return max(len(prompt.token_ids) for prompt in self.prompts)
+
+    @property
+    def sequences_per_replica(self) -> int:
+        """Sequences of one step on one replica."""
+        return self.config.train.prompts_per_step // self.dp * self.config.rollout.n
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a step in which every response is as long as it may be."""
+        return self.sequences_per_replica * self.dp * self._longest
+
+    @property
+    def microbatches(self) -> int:
+        """Microbatches of such a step on one replica."""
+        fit = self.config.train.microbatch_tokens // self._longest
+        return math.ceil(self.sequences_per_replica / fit)
+
+    @property
+    def _longest(self) -> int:
+        return self.longest_prompt + self.config.rollout.max_tokens
+
+
+def check(config: Config, world: int, *, dry_run: bool = False) -> list[str]:
+    """Check files, run directory, ranks and networks; return what to warn about.
+
+    With `dry_run`, weights and a GPU may be absent: that becomes a warning.
+
+    Raises:
+        ValueError: one line.
+    """
+    for name, path in _models(config).items():
+        _check_model_folder(name, Path(path))
+    for section, files in (("data", config.data.prompts), ("eval", config.eval.prompts)):
+        for file in files:
+            if not Path(file).is_file():
+                raise ValueError(f"{section}.prompts: no file '{file}'")
+    _check_run(config)
+    warnings = cautions(config)
+    for obstacle in _obstacles(config):
+        if not dry_run:
+            raise ValueError(obstacle)
+        warnings.append(obstacle)
+    _check_ranks(config, world)
+    _check_networks(config)
+    return warnings
+
+
+def preflight(config: Config, world: int, *, dry_run: bool = False) -> Plan:
+    """`check`, read tokenizers and prompts, and count the steps.
+
+    Raises:
+        ValueError: one line.
+    """
+    warnings = check(config, world, dry_run=dry_run)
+    prompts, held_out = build.load_data(config, _check_tokenizers(config))
+    steps = build.count_steps(config, len(prompts))
+    if config.optimizer.warmup_steps >= steps:
+        raise ValueError(
+            f"optimizer.warmup_steps: got {config.optimizer.warmup_steps}, expected fewer than the "
+            f"{steps} steps of this run"
+        )
+    dp = check_layout(world, config.parallel.tp, config.parallel.pp)
+    return Plan(config, world, dp, steps, prompts, held_out, warnings)
+
+
+def _models(config: Config) -> dict[str, str]:
+    folders = {"student": config.student.path}
+    return folders if config.teacher is None else {**folders, "teacher": config.teacher.path}
+
+
+def _check_model_folder(name: str, path: Path) -> None:
+    if not path.is_dir():
+        raise ValueError(f"{name}.path: no directory '{path}'")
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{name}.path: '{path}' has no config.json, expected a Hugging Face model")
+    if not any(path.glob("tokenizer*")):
+        raise ValueError(f"{name}.path: '{path}' has no tokenizer files; copy them there")
+
+
+def _check_run(config: Config) -> None:
+    folder = Path(config.run.dir)
+    exists = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    if exists and not config.run.resume:
+        raise ValueError(
+            f"run.dir: '{folder}' exists; set run.resume=true or choose another run.dir"
+        )
+    if config.run.resume and not exists:
+        raise ValueError(f"run.resume: there is no run in '{folder}' to resume; check run.dir")
+    for asked, key, package in (
+        (config.run.tensorboard, "run.tensorboard", "tensorboard"),
+        (config.run.wandb is not None, "run.wandb", "wandb"),
+    ):
+        if asked and importlib.util.find_spec(package) is None:
+            raise ValueError(f"{key}: the package is missing; pip install {package}")
+
+
+def _obstacles(config: Config) -> Iterator[str]:
+    """Yield what stops a run, but not the planning of one that happens elsewhere."""
+    for name, path in _models(config).items():
+        drawn = name == "student" and config.student.init == "random"
+        if not drawn and not any(Path(path).glob("*.safetensors")):
+            yield f"{name}.path: '{path}' has no *.safetensors weights"
+    offload = config.teacher is not None and config.teacher.offload
+    if offload and platform.device().type == "cpu":
+        yield "teacher.offload: needs a GPU, and there is none; set teacher.offload=false"
+
+
+def _check_ranks(config: Config, world: int) -> None:
+    dp = check_layout(world, config.parallel.tp, config.parallel.pp)
+    if config.train.prompts_per_step % dp:
+        raise ValueError(
+            f"train.prompts_per_step: got {config.train.prompts_per_step}, expected a multiple of "
+            f"{dp}, the data-parallel replicas of {world} ranks"
+        )
+
+
+def _check_networks(config: Config) -> None:
+    """Check that both networks are supported, divide over the ranks, and reach far enough."""
+    tp, pp = config.parallel.tp, config.parallel.pp
+    response = max(config.rollout.max_tokens, config.eval.max_tokens or 0)
+    longest = config.data.max_prompt_tokens + response
+    for name, path in _models(config).items():
+        check_network_layout(path, tp, pp)
+        positions = architecture(path).max_positions
+        if longest > positions:
+            raise ValueError(
+                f"{name}.path: max_position_embeddings={positions} of '{path}', but "
+                f"data.max_prompt_tokens={config.data.max_prompt_tokens} + the longest response "
+                f"{response} = {longest}; lower data.max_prompt_tokens or rollout.max_tokens"
+            )
+    transformer_config(
+        architecture(config.student.path),
+        config.megatron,
+        dtype=build.DTYPES[config.student.dtype],
+        tp=tp,
+        pp=pp,
+        sequence_parallel=config.parallel.sequence_parallel and tp > 1,
+    )
+
+
+def _check_tokenizers(config: Config) -> Any:
+    """Return the student's tokenizer, after comparing it with the teacher's and the tables."""
+    tokenizers = {name: _load_tokenizer(name, path) for name, path in _models(config).items()}
+    student = tokenizers["student"]
+    if config.teacher is not None:
+        allow = config.teacher.allow_tokenizer_mismatch
+        same_tokenizer(student, tokenizers["teacher"], allow=allow)
+    needed = vocab_size(student)
+    for name, path in _models(config).items():
+        rows = architecture(path).vocab_rows
+        if rows < needed:
+            raise ValueError(
+                f"{name}.path: vocab_size={rows} of '{path}', expected at least the {needed} ids "
+                "of the student's tokenizer"
+            )
+    if config.objective.k > needed:
+        raise ValueError(
+            f"objective.k: got {config.objective.k}, expected at most the {needed} ids of the "
+            "tokenizer"
+        )
+    return student
+
+
+def _load_tokenizer(name: str, path: str) -> Any:
+    try:
+        return build.load_tokenizer(path)
+    except Exception as problem:  # of what type depends on what is wrong with the files
+        told = str(problem).strip().splitlines()[0]
+        raise ValueError(
+            f"{name}.path: no tokenizer in '{path}' that can be read: {told}"
+        ) from None
+
+
+def render(plan: Plan) -> str:
+    """Return the plan as the table that `--dry-run` prints."""
+    config, parallel = plan.config, plan.config.parallel
+    lines = [
+        f"{name:<8}  {memory.count_parameters(path):,} parameters, {path}"
+        for name, path in _models(config).items()
+    ]
+    held_out = f"; {len(plan.held_out):,} for evaluation" if plan.held_out else ""
+    lines += [
+        f"data      {len(plan.prompts):,} prompts, the longest {plan.longest_prompt:,} tokens"
+        + held_out,
+        f"ranks     {plan.world} = tp {parallel.tp} × pp {parallel.pp} × dp {plan.dp}",
+        f"run       {plan.steps:,} steps of {config.train.prompts_per_step:,} prompts × "
+        f"{config.rollout.n} responses, in {config.run.dir}",
+        f"step      at most {plan.tokens_per_step:,} tokens; a replica has "
+        f"{plan.sequences_per_replica:,} sequences in at most {plan.microbatches:,} microbatches",
+        "",
+        *_memory_table(memory.estimate(config, plan.dp)),
+    ]
+    return "\n".join(lines + [f"warning: {line}" for line in plan.warnings])
+
+
+def _memory_table(phases: memory.Memory) -> list[str]:
+    lines = ["memory of the fullest rank, estimated          GiB"]
+    for phase, parts in phases.items():
+        for what, size in parts.items():
+            lines.append(f"  {phase:<8}  {what:<30} {size / 2**30:8.2f}")
+    return [*lines, f"  {'peak':<40}  {memory.peak(phases) / 2**30:8.2f}"]
