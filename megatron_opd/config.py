@@ -4,16 +4,12 @@ The sentence under a field is what `--help` prints for it. A value is checked ex
 file is read: code that receives a section trusts it.
 """
 
-import difflib
 import importlib
-import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -305,23 +301,26 @@ def _contradictions(c: Config) -> Iterable[tuple[bool, str]]:
 def cautions(c: Config) -> list[str]:
     """Name every option that has no effect with the others, and pairs that are seldom meant."""
     replay, hard = c.rollout.engine == "replay", c.objective.divergence == "cross_entropy"
-    default = Config.model_construct()
+    defaults = {name: kind.model_fields for name, kind in sections().items()}
+    graded = bool(c.eval.prompts)
     idle = [
-        (replay, "rollout", ("temperature", "top_p", "top_k", "stop_token_ids", "batch_size")),
+        (c.data.template == "none", "data", ("chat_template_kwargs",)),
+        (replay, "rollout", ("temperature", "top_p", "top_k")),
+        (replay and not graded, "rollout", ("stop_token_ids", "batch_size")),
         (hard, "objective", ("k", "teacher_temperature")),
         (c.optimizer.schedule == "constant", "optimizer", ("min_lr",)),
         (c.parallel.tp == 1, "parallel", ("sequence_parallel",)),
         (not c.run.save_every, "run", ("keep",)),
-        (not c.eval.prompts, "eval", ("n", "temperature", "top_p", "max_tokens", "reward")),
+        (not graded, "eval", ("n", "temperature", "top_p", "max_tokens", "reward")),
         (c.eval.temperature == 0, "eval", ("top_p",)),
         (c.train.steps is not None, "train", ("epochs",)),
     ]
-    lines = []
-    for without_effect, section, names in idle:
-        mine, theirs = getattr(c, section), getattr(default, section)
-        changed = [name for name in names if getattr(mine, name) != getattr(theirs, name)]
-        if without_effect:
-            lines += [f"{section}.{name}: has no effect in this config" for name in changed]
+    lines = [
+        f"{section}.{name}: has no effect in this config"
+        for without_effect, section, names in idle
+        for name in names
+        if without_effect and getattr(getattr(c, section), name) != defaults[section][name].default
+    ]
     if not replay and (c.rollout.top_p < 1 or c.rollout.top_k):
         lines.append(
             f"rollout.top_p={c.rollout.top_p:g}, rollout.top_k={c.rollout.top_k}: responses come "
@@ -337,123 +336,9 @@ def cautions(c: Config) -> list[str]:
     return lines
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-6 as a number and refuses a key that is written twice."""
-
-    def construct_mapping(self, node, deep=False):
-        seen: set = set()
-        for key, _ in node.value:
-            name = self.construct_object(key, deep=deep)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"'{name}' is there twice", key.start_mark
-                )
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    [*"-+0123456789"],
-)
-
-
-def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
-    """Merge YAML files left to right, then `section.key=value` overrides, and check the result.
-
-    Raises:
-        ValueError: one line naming the first wrong key, what it got, and what was expected.
-    """
-    merged: dict[str, Any] = {}
-    for path in paths:
-        merged = _merge(merged, _read(Path(path)))
-    for override in overrides:
-        merged = _merge(merged, _parse_override(override))
-    try:
-        # through JSON, where a list is what a tuple looks like even to a strict model
-        return Config.model_validate_json(json.dumps(merged, default=str))
-    except ValidationError as error:
-        raise ValueError(_explain(error)) from None
-
-
 def to_yaml(config: Config) -> str:
     """Write out every key, so that the text loads to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"config: no file '{path}'")
-    content = _parse(path.read_text(), str(path))
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: got a {type(content).__name__}, expected `key: value` lines")
-    return content
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{where}{line}: not YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
-
-
-def _parse_override(text: str) -> dict[str, Any]:
-    """`a.b=value` → {"a": {"b": value}}."""
-    key, equals, value = text.partition("=")
-    names = key.strip().split(".")
-    if not equals or not all(names):
-        raise ValueError(f"'{text}': expected section.key=value")
-    tree = _parse(value, key)
-    for name in reversed(names):
-        tree = {name: tree}
-    return tree
-
-
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """Return base with top laid over it: mappings merge, everything else is replaced."""
-    merged = dict(base)
-    for key, value in top.items():
-        below = merged.get(key)
-        if isinstance(below, dict) and isinstance(value, dict):
-            value = _merge(below, value)
-        merged[key] = value
-    return merged
-
-
-def _explain(error: ValidationError) -> str:
-    """One line about the first error; an unknown key before what may only follow from it."""
-    problems = error.errors(include_url=False)
-    problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
-    first, more = problems[0], len(problems) - 1
-    key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"]).lstrip(".")
-    if first["type"] == "extra_forbidden":
-        line = f"{key}: no such key{_suggestion(key)}"
-    elif first["type"] == "missing":
-        line = f"{key}: missing; it has no default"
-    elif first["type"] == "value_error":  # the line of a _contradiction
-        line = first["msg"].removeprefix("Value error, ")
-    else:
-        line = f"{key}: got {_shown(first)}, expected {_expected(first)}"
-    return line + (f" (and {more} more error{'s' * (more > 1)})" if more else "")
-
-
-def _shown(problem) -> str:
-    return "a section" if isinstance(problem["input"], dict) else json.dumps(problem["input"])
-
-
-def _expected(problem) -> str:
-    if problem["type"] == "too_short":
-        return f"at least {problem['ctx']['min_length']}"
-    words = problem["msg"].removeprefix("Input should be ")
-    for theirs, ours in (("a valid array", "a list"), ("an object", "a section")):
-        words = words.replace(theirs, ours)
-    return words.removeprefix("a valid ")
 
 
 def sections() -> dict[str, type[Section]]:
@@ -464,22 +349,6 @@ def sections() -> dict[str, type[Section]]:
             if isinstance(kind, type) and issubclass(kind, Section):
                 found[name] = kind
     return found
-
-
-def _suggestion(key: str) -> str:
-    """The closest key: a sibling that is spelt alike, else the same name in another section."""
-    section, _, name = key.rpartition(".")
-    known = {
-        f"{where}.{field}".lstrip("."): field
-        for where, kind in sections().items()
-        for field in kind.model_fields
-    }
-    siblings = [field for path, field in known.items() if path.rpartition(".")[0] == section]
-    alike = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)
-    close = [f"{section}.{field}".lstrip(".") for field in alike]
-    close += [path for path, field in known.items() if field == name]
-    close += difflib.get_close_matches(key, list(known), n=1, cutoff=0.75)
-    return f"; did you mean {close[0]}?" if close else "; --help lists every key"
 
 
 def resolve(name: str, table: Mapping[str, Any]) -> Any:

@@ -87,7 +87,7 @@ class Job:
         metrics.mean("train/packed_tokens", packed * self.parallel.dp, 1)
         record = metrics.reduce(None, self.parallel.device)
         rate = record["train/packed_tokens"] / seconds["time/step_s"]
-        counts = {"train/microbatches": len(microbatches), "data/epoch": self.stream.progress}
+        counts = {"train/microbatches": len(microbatches), "data/epoch": self.stream.epoch}
         return record | counts | seconds | {"perf/tokens_per_s": rate}
 
     def evaluates_at(self, step: int) -> bool:

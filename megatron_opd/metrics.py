@@ -209,7 +209,7 @@ def console_line(step: int, steps: int, metrics: Mapping[str, float]) -> str:
     show("overlap {:.2f}", "distill/overlap_ratio")
     show("ent {:.2f}/{:.2f}", "student/entropy", "teacher/entropy")
     show("mis {:.0e}", "policy/mismatch_kl")
-    show("len {:.0f} ({:.0%} cut)", "rollout/response_tokens_mean", "rollout/truncated_fraction")
+    show("len {:.0f} ({:.0%} cut)", "rollout/response_tokens", "rollout/truncated_fraction")
     show("gnorm {:.2g}", "optim/grad_norm")
     show("acc {:.3f}", "eval/accuracy")
     if "perf/tokens_per_s" in m:
@@ -221,8 +221,13 @@ def console_line(step: int, steps: int, metrics: Mapping[str, float]) -> str:
 
 def _phases(m: Mapping[str, float]) -> str:
     names = {"roll": "rollout", "teach": "score", "train": "train", "sync": "sync"}
-    parts = [f"{ours} {m[f'time/{n}_s']:.1f}" for ours, n in names.items() if f"time/{n}_s" in m]
-    return f"{m['time/step_s']:.1f}s" + (f" = {' + '.join(parts)}" if parts else "")
+    digits = 1 if m["time/step_s"] >= 10 else 2
+    parts = [
+        f"{ours} {m[f'time/{name}_s']:.{digits}f}"
+        for ours, name in names.items()
+        if f"time/{name}_s" in m
+    ]
+    return f"{m['time/step_s']:.{digits}f}s" + (f" = {' + '.join(parts)}" if parts else "")
 
 
 def _thousands(number: float) -> str:

@@ -86,7 +86,7 @@ def quiet_imports() -> None:
         r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
         # fp32 shards in DistributedOptimizer
         r"The \.grad attribute of a Tensor that is not a leaf",
-        r"When using sequence parallelism it is recommended to set .* CUDA_DEVICE_MAX_CONNECTIONS",
+        r"When using (sequence parallelism|async grad allreduce) it is recommended to set .* CUDA_",
     ):
         warnings.filterwarnings("ignore", message=message)
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 
-def run_ranks(function, world: int, *args, timeout: float = 240.0) -> list:
+def run_ranks(function, world: int, *args, timeout: float = 120.0) -> list:
     """Run `function(rank, *args)` on `world` gloo ranks and return their values in rank order.
 
     Raises:
@@ -45,6 +45,7 @@ def run_ranks(function, world: int, *args, timeout: float = 240.0) -> list:
 
 def _child(function, rank: int, world: int, args, folder: Path) -> None:
     code = 1
+    os.setpgrp()  # a rank may start processes of its own; they are killed together
     try:
         os.environ.update(
             RANK=str(rank),
@@ -83,7 +84,7 @@ def _wait(children: list[int], timeout: float) -> str:
         if time.monotonic() > deadline:
             failed = failed or f"timed out after {timeout:.0f} s"
             for child in left:
-                os.kill(child, signal.SIGKILL)
+                os.killpg(child, signal.SIGKILL)
                 os.waitpid(child, 0)
             break
         time.sleep(0.005)

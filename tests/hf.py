@@ -60,12 +60,10 @@ def write_checkpoint(folder: Path, family: str, *, shard_size: str = "5GB", **ho
 def to_old_layout(config: dict) -> dict:
     """Rewrite a configuration as transformers 4 did: rope_theta + rope_scaling, torch_dtype."""
     old = {**config, "torch_dtype": config["dtype"]}
-    rope = old.pop("rope_parameters")
+    rope = dict(old.pop("rope_parameters"))
     old.pop("dtype")
     old["rope_theta"] = rope.pop("rope_theta")
-    old["rope_scaling"] = rope if rope.pop("rope_type") != "default" else None
-    if old["rope_scaling"] is not None:
-        old["rope_scaling"]["rope_type"] = config["rope_parameters"]["rope_type"]
+    old["rope_scaling"] = rope if rope["rope_type"] != "default" else None
     return old
 
 

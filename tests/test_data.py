@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from megatron_opd.config import Data
 from megatron_opd.data import (
@@ -105,6 +106,19 @@ def test_without_a_template_the_text_is_the_prompt(tmp_path):
     assert prompt.token_ids[0] == 1 and len(prompt.token_ids) == 5
     line = load_line(section(file), tokenizer)
     assert "has no chat template; set data.template=none" in line
+
+
+def test_a_beginning_token_is_added_to_plain_text_and_not_to_a_template(tmp_path):
+    tokenizer = train_tokenizer(tmp_path)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    file = write(tmp_path / "a.jsonl", [{"prompt": "q"}])
+    (plain,) = load_prompts(section(file, template="none"), tokenizer)
+    (chat,) = load_prompts(section(file), tokenizer)
+    assert plain.token_ids[0] == 0 and len(plain.token_ids) == 2
+    assert chat.token_ids[0] == 1 and 0 not in chat.token_ids
+    assert encode_response(tokenizer, "q")[0] != 0
 
 
 def test_template_variables_reach_the_template_or_are_refused(tmp_path, tokenizer):

@@ -6,14 +6,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: conversion never takes a GPU
+if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anyone looks: conversion takes no GPU
 
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 from megatron_opd import parallel as mesh
-from megatron_opd.model import build_model, check_layout, load_hf, read_config, save_hf
+from megatron_opd.model import architecture, build_model, check_layout, load_hf, save_hf
 from megatron_opd.model.hf_files import TensorFiles
 from megatron_opd.model.torch_dist import HF, load_megatron, save_megatron
 
@@ -35,39 +36,31 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
     for kind, text in (
-        (
-            "hf-to-megatron",
-            "read safetensors, write torch_dist (config and tokenizer go to DST/hf)",
-        ),
+        ("hf-to-megatron", "read safetensors, write torch_dist, and the tokenizer to DST/hf"),
         ("megatron-to-hf", "read torch_dist, write a folder that from_pretrained loads"),
     ):
         sub = kinds.add_parser(kind, help=text, description=text)
         sub.add_argument("src", type=Path, help="checkpoint folder to read")
         sub.add_argument("dst", type=Path, help="folder to write; must not exist")
-        sub.add_argument("--tp", type=int, default=1, help="tensor-parallel processes (default 1)")
-        sub.add_argument(
-            "--pp", type=int, default=1, help="pipeline-parallel processes (default 1)"
-        )
+        sub.add_argument("--tp", type=int, default=1, help="tensor-parallel processes")
+        sub.add_argument("--pp", type=int, default=1, help="pipeline-parallel processes")
     return parser.parse_args(argv)
 
 
 def convert(parallel: mesh.Parallel, args: argparse.Namespace) -> None:
     """Read SRC and write DST; collective."""
+    source = args.src if args.kind == "hf-to-megatron" else args.src / HF
+    model = build_model(source, parallel, dtype=args.dtype, seed=None)
     if args.kind == "hf-to-megatron":
-        dtype = TensorFiles(args.src).dtype()
-        model = build_model(args.src, parallel, dtype=dtype, seed=None)
-        load_hf(model, args.src, parallel)
-        save_megatron(model, args.src, args.dst, parallel)
+        load_hf(model, source, parallel)
+        save_megatron(model, source, args.dst, parallel)
     else:
-        source = args.src / HF
-        dtype = getattr(torch, read_config(source)["dtype"])
-        model = build_model(source, parallel, dtype=dtype, seed=None)
         load_megatron(model, args.src, parallel)
         save_hf(model, source, args.dst, parallel)
 
 
-def check(args: argparse.Namespace) -> None:
-    """Find what the user got wrong before any process starts.
+def check(args: argparse.Namespace) -> torch.dtype:
+    """Find what the user got wrong before any process starts; return the checkpoint's dtype.
 
     Raises:
         ValueError: one line: key, got, expected.
@@ -76,11 +69,14 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"DST={args.dst} exists; remove it or choose another name")
     if args.kind == "hf-to-megatron":
         check_layout(args.src, args.tp, args.pp)
-        TensorFiles(args.src).dtype()
-    elif not (args.src / "metadata.json").exists():
+        return TensorFiles(args.src).dtype()
+    if not (args.src / "metadata.json").exists():
         raise ValueError(f"SRC={args.src}: has no metadata.json, expected a Megatron checkpoint")
-    else:
-        check_layout(args.src / HF, args.tp, args.pp)
+    check_layout(args.src / HF, args.tp, args.pp)
+    dtype = architecture(args.src / HF).dtype
+    if dtype is None:
+        raise ValueError(f"{args.src / HF / 'config.json'}: dtype is missing")
+    return dtype
 
 
 def _rank(rank: int, args: argparse.Namespace, rendezvous: str) -> None:
@@ -100,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code: 0, or 2 after a one-line error."""
     args = arguments(argv)
     try:
-        check(args)
+        args.dtype = check(args)
         with tempfile.TemporaryDirectory() as rendezvous:
             world = args.tp * args.pp
             start_processes(_rank, (args, rendezvous), nprocs=world, start_method="fork")

@@ -73,7 +73,7 @@ def _on_support(sight: Sight) -> dict[str, Tensor]:
     logp_CK, logq_CK = sight.logp_MMCK[:, 0]  # on the student's top k
     ids_CK, teacher_ids_CK = sight.top_MCK
     shared_CK = (ids_CK.unsqueeze(-1) == teacher_ids_CK.unsqueeze(-2)).any(-1)
-    shared_C = shared_CK.sum(-1)
+    shared_C = shared_CK.sum(-1, dtype=logp_CK.dtype)
     d_CK = logp_CK.log_softmax(-1) - logq_CK.log_softmax(-1)
     return {
         "distill/support_kl": (logp_CK.softmax(-1) * d_CK).sum(-1),  # Eq. 5

@@ -81,7 +81,7 @@ class HeadGradient:
             self._add_dense(rows, shard, _logit_gradient(terms, shard, scale_C1))
 
     def attach(self, loss: Tensor, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
-        """Return `loss` with this gradient, as autograd's function of the two leaves given."""
+        """Return `loss` as a function of the two tensors, with this gradient, for autograd."""
         return _KnownGradient.apply(loss, hidden_NH, weight_VH, self.hidden_NH, self.weight_VH)
 
     def _add_dense(self, rows: slice, shard: VocabShard, gradient_CV: Tensor) -> None:
@@ -96,7 +96,10 @@ class HeadGradient:
     def _add_sparse(
         self, rows: slice, shard: VocabShard, ids_CK: Tensor, gradient_CK: Tensor
     ) -> None:
-        """Where Σc = 0 only the logits in S have a gradient: K rows of the head, not V."""
+        """Where Σc = 0 only the logits in S have a gradient: K rows of the head, not V.
+
+        On a GPU `index_add_` adds in no fixed order, unless deterministic algorithms are asked for.
+        """
         column_CK, owned_CK = shard.own(ids_CK)
         gradient_CK = gradient_CK.masked_fill(~owned_CK, 0.0)
         self.hidden_NH[rows] = F.embedding_bag(

@@ -185,6 +185,7 @@ class Objective:
                 tally.add(weight_C, means, maxima)
                 if gradient:
                     gradient.add(rows, terms, shard, weight_C)
+                del shard, terms  # their logits go before the next chunk's come
         loss = tally.sums["loss/objective"].clone()
         return Loss(
             gradient.attach(loss, hidden_NH, head.weight_VH) if gradient else loss,
@@ -197,14 +198,16 @@ class Objective:
     ) -> tuple[Terms, dict[str, Tensor], dict[str, Tensor]]:
         """Return what the loss is made of and every metric of C tokens."""
         sight = dynamics.look(shard, target_C, self.k)
-        terms = SUPPORTS[self.support][0](self.divergence, shard, sight, target_C)
         measure = dynamics.distill if self.needs_teacher else dynamics.student
-        means, maxima = {"loss/objective": terms.value_C, **measure(shard, sight)}, {}
+        means, maxima = measure(shard, sight), {}
         if self.rollout_temperature is not None:
             ratio = self.student_temperature / self.rollout_temperature
             delta_C = dynamics.log_ratio(shard, sight, rollout_logp_C, ratio)
             means["policy/mismatch_kl"] = dynamics.mismatch_kl(delta_C)
             maxima["policy/mismatch_max"] = delta_C.abs()
+        # last, because the terms of the whole vocabulary are as large as the logits
+        terms = SUPPORTS[self.support][0](self.divergence, shard, sight, target_C)
+        means["loss/objective"] = terms.value_C
         return terms, means, maxima
 
     def _check(self, head: Head, hidden_NH: Tensor, teacher: HiddenScores | None) -> None:

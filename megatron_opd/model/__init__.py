@@ -1,15 +1,20 @@
 """Hugging Face configuration → Megatron model, and its weights in and out."""
 
-from megatron_opd.model.build import build_model
-from megatron_opd.model.config import (
+from megatron_opd import platform
+
+platform.activate()  # the modules below import Megatron-Core
+
+from megatron_opd.model.build import build_model  # noqa: E402
+from megatron_opd.model.config import (  # noqa: E402
     Architecture,
     architecture,
     check_layout,
     padded_vocab,
     read_config,
 )
-from megatron_opd.model.gpt import HiddenGPT, enter_head, forward
-from megatron_opd.model.weights import export_hf, init_random, load_hf, save_hf
+from megatron_opd.model.gpt import HiddenGPT, enter_head, forward  # noqa: E402
+from megatron_opd.model.transformer import transformer_config  # noqa: E402
+from megatron_opd.model.weights import export_hf, init_random, load_hf, save_hf  # noqa: E402
 
 __all__ = [
     "Architecture",
@@ -25,4 +30,5 @@ __all__ = [
     "padded_vocab",
     "read_config",
     "save_hf",
+    "transformer_config",
 ]

@@ -199,7 +199,7 @@ def check_layout(hf: HFConfig, tp: int, pp: int) -> None:
         ("intermediate_size", arch.ffn, "tp", tp),
         ("num_hidden_layers", arch.layers, "pp", pp),
     ):
-        if size % ranks:
+        if ranks < 1 or size % ranks:
             raise ValueError(
                 f"parallel: {axis}={ranks} does not divide {key}={size} of {_path(hf)}; "
                 f"expected a divisor of {size}"

@@ -8,18 +8,15 @@ Shape suffixes: T packed tokens (T / tp under sequence parallelism) · H hidden 
 
 from typing import Any
 
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_opd import platform
 from megatron_opd.model.config import Architecture
 from megatron_opd.parallel import Parallel
 from megatron_opd.types import Head, Microbatch
-
-platform.activate()
-
-from megatron.core import tensor_parallel  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 
 
 class HiddenGPT(GPTModel):

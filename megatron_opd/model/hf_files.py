@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_opd.model.config import DTYPES
+from megatron_opd.model.config import DTYPES, HFConfig
 from megatron_opd.model.hf_map import Shape
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -44,17 +44,16 @@ class TensorFiles:
         for file in self._files():
             try:
                 opened = safe_open(file, framework="pt")
-                self._slices.update({name: opened.get_slice(name) for name in opened.keys()})  # noqa: SIM118
+                names = opened.keys()
+                self._slices.update({name: opened.get_slice(name) for name in names})
             except (OSError, SafetensorError) as problem:
                 raise ValueError(f"{file}: not a readable safetensors file: {problem}") from None
 
     def _files(self) -> list[Path]:
-        index, single = (self.folder / f"model.safetensors{end}" for end in (".index.json", ""))
+        single, index = (self.folder / f"model.safetensors{end}" for end in ("", ".index.json"))
+        if not index.exists() and not single.exists():
+            raise ValueError(f"{self.folder}: has neither {single.name} nor {index.name}")
         if not index.exists():
-            if not single.exists():
-                raise ValueError(
-                    f"{self.folder}: expected {single.name} or {index.name}, got neither"
-                )
             return [single]
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         absent = [name for name in files if not (self.folder / name).exists()]
@@ -105,15 +104,18 @@ class TensorFiles:
     def read(self, name: str, dim: int | None, start: int, stop: int) -> Tensor:
         """Read `start:stop` along `dim` (None: the whole tensor), and nothing else."""
         piece = self._slices[name]
-        tensor = (
-            piece[:] if dim is None else piece[start:stop] if dim == 0 else piece[:, start:stop]
-        )
+        if dim is None:
+            tensor = piece[:]
+        elif dim == 0:
+            tensor = piece[start:stop]
+        else:
+            tensor = piece[:, start:stop]
         self.bytes_read += tensor.nbytes
         return tensor
 
 
 def _ignored(name: str) -> bool:
-    """Old checkpoints store the rotary table, and tied ones a second copy of the embedding."""
+    """Rotary tables and second copies of a tied embedding: transformers skips them as well."""
     return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
 
 
@@ -144,17 +146,24 @@ class ShardWriter:
         return f"model-{shard + 1:05d}-of-{self.shards:05d}.safetensors"
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor; write its shard when that is complete."""
+        """Take one tensor; write its shard when that is complete.
+
+        Raises:
+            OSError: the disk is full.
+        """
         shard = self.shard_of[name]
         self.pending[name] = tensor.detach().cpu().contiguous()
         self.left[shard] -= 1
         if self.left[shard] == 0:
-            save_file(self.pending, self.folder / self._file(shard), metadata={"format": "pt"})
-            self.pending = {}
+            file, self.pending, tensors = self.folder / self._file(shard), {}, self.pending
+            try:
+                save_file(tensors, file, metadata={"format": "pt"})
+            except SafetensorError as problem:
+                raise OSError(f"{file}: {problem}") from None
 
     def finish(self) -> None:
         """Write the index, when there is more than one shard."""
-        assert not any(self.left.values()), "every tensor of the manifest was added"
+        assert not any(self.left.values()), "every planned tensor was added"
         if self.shards > 1:
             files = {name: self._file(shard) for name, shard in self.shard_of.items()}
             index = {"metadata": {"total_size": self.total}, "weight_map": files}
@@ -181,9 +190,11 @@ def write_config(config: Mapping[str, Any], folder: Path, dtype: torch.dtype) ->
     (folder / "config.json").write_text(text + "\n")
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy generation defaults and tokenizer files."""
+def copy_companions(source: HFConfig, folder: Path) -> None:
+    """Copy generation defaults and tokenizer files, when `source` is a folder."""
+    if isinstance(source, Mapping):
+        return
     for pattern in COMPANIONS:
-        for file in source.glob(pattern):
+        for file in Path(source).glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)

@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_opd.model.config import HFConfig, read_config
 from megatron_opd.model.gpt import HiddenGPT
 from megatron_opd.model.hf_files import copy_companions, fresh_folder, write_config
 from megatron_opd.parallel import Parallel
-
-from megatron.core import dist_checkpointing  # isort: skip
-from megatron.core.dist_checkpointing.core import CheckpointingException  # isort: skip
-from megatron.core.dist_checkpointing.strategies import filesystem_async  # isort: skip
 
 HF = "hf"  # subfolder with config.json, generation defaults and tokenizer
 
@@ -54,8 +53,7 @@ def save_megatron(
     def publish() -> None:
         (draft / HF).mkdir()
         write_config(read_config(source), draft / HF, model.config.params_dtype)
-        if not isinstance(source, dict):
-            copy_companions(Path(source), draft / HF)
+        copy_companions(source, draft / HF)
         draft.rename(final)
 
     parallel.owner(publish)
@@ -70,12 +68,12 @@ def load_megatron(model: HiddenGPT, folder: str | Path, parallel: Parallel) -> N
 
     def load() -> None:
         try:
-            state = dist_checkpointing.load(sharded_weights(model), str(folder))
+            state: Any = dist_checkpointing.load(sharded_weights(model), str(folder))
         except CheckpointingException as problem:
             told = " ".join(str(problem).split())
             raise ValueError(f"{folder}: not a checkpoint of this model: {told}") from None
-        lost = model.load_state_dict(state, strict=False)
-        lost = [key for key in lost.missing_keys if not key.endswith("_extra_state")]
+        missing = model.load_state_dict(state, strict=False).missing_keys
+        lost = [key for key in missing if not key.endswith("_extra_state")]
         assert not lost, f"Megatron loaded no value for {lost}"
 
     parallel.agree(load)

@@ -7,14 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_opd import platform
 from megatron_opd.model.config import Architecture
-
-platform.activate()
-
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 _ABSENT = {
     "context_parallel_size": "context parallelism is not supported",
@@ -52,10 +49,10 @@ def transformer_config(
         "sequence_parallel": sequence_parallel,
     }
     _check(megatron, ours)
-    # the unfused rotary embedding reads sequence boundaries on the host, twice in every layer
-    faster = {"apply_rope_fusion": platform.has_transformer_engine()}
+    # unfused, the rotary embedding reads sequence boundaries on the host, twice in every layer
+    default = {"apply_rope_fusion": platform.has_transformer_engine()}
     try:
-        return TransformerConfig(**{**ours, **faster, **megatron})
+        return TransformerConfig(**{**ours, **default, **megatron})
     except (ValueError, TypeError, AssertionError) as problem:
         told = " ".join(str(problem).split())
         raise ValueError(f"megatron: refused by TransformerConfig: {told}") from None
@@ -106,7 +103,7 @@ def _numbers(dtype: torch.dtype) -> dict[str, Any]:
         "calculate_per_token_loss": True,
         "variable_seq_lengths": True,  # packed microbatches differ in length
         "moe_token_dispatcher_type": "alltoall",  # variable_seq_lengths wants it, dense or not
-        "cuda_graph_scope": [],
+        "transformer_impl": "transformer_engine" if platform.has_transformer_engine() else "local",
     }
 
 

@@ -85,10 +85,10 @@ def init_random(model: HiddenGPT, *, seed: int) -> None:
     Projections back into the residual stream get initializer_range / √(2 · layers), as Megatron
     does. A tensor's values depend on its Hugging Face name and `seed` alone: not on the layout.
     """
-    arch, names = model.architecture, {}
+    arch, std = model.architecture, {}
     for weight in weights(arch):
         scale = 1 / math.sqrt(2 * arch.layers) if weight.cut == 1 else 1.0
-        names.update(dict.fromkeys(weight.hf, scale * arch.init_std))
+        std.update(dict.fromkeys(weight.hf, scale * arch.init_std))
 
     def draw(name: str, shape: Shape, dim: int | None, start: int, stop: int) -> Tensor:
         if len(shape) == 1:
@@ -96,7 +96,7 @@ def init_random(model: HiddenGPT, *, seed: int) -> None:
         else:
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            whole = torch.randn(shape, generator=generator) * names[name]
+            whole = std[name] * torch.randn(shape, generator=generator)
         return whole if dim is None else whole.narrow(dim, start, stop - start)
 
     _fill(model, draw, {})
@@ -135,8 +135,8 @@ def _shard(
 def export_hf(model: HiddenGPT, parallel: Parallel) -> Iterator[tuple[str, Tensor]]:
     """Yield every Hugging Face tensor, whole, in manifest order, on every rank of the replica.
 
-    Collective over the replica: all its ranks iterate to the end. Padding rows are cut off; tensors
-    are on the model's device in the model's dtype.
+    Collective over the replica: all its ranks iterate to the end. Padding rows are cut off. Tensors
+    have the model's device and dtype, and may share memory with its parameters: do not write.
     """
     parameters, arch = stage_parameters(model), model.architecture
     assert model.vocab_size >= arch.vocab_rows, "a table that was cut on loading is not whole"
@@ -186,25 +186,32 @@ def save_hf(
     final = Path(folder)
     draft = final.with_name(f"tmp_{final.name}")
     parallel.owner(lambda: fresh_folder(draft, final))
-    size = torch.empty(0, dtype=model.config.params_dtype).element_size()
-    shapes = manifest(model.architecture)
-    sizes = {name: math.prod(shape) * size for name, shape in shapes.items()}
-    writer, problem = ShardWriter(draft, sizes, max_shard_bytes), None
-    if parallel.dp_rank == 0:
-        for name, tensor in export_hf(model, parallel):
-            if parallel.is_main and problem is None:
-                try:
-                    writer.add(name, tensor)
-                except OSError as error:  # the others are waiting in the export: see it through
-                    problem = error
+    itemsize, shapes = model.config.params_dtype.itemsize, manifest(model.architecture)
+    sizes = {name: itemsize * math.prod(shape) for name, shape in shapes.items()}
+    writer = ShardWriter(draft, sizes, max_shard_bytes)
+    problem = _write(writer, model, parallel) if parallel.dp_rank == 0 else None
 
     def publish() -> None:
         if problem is not None:
             raise problem
         writer.finish()
         write_config(read_config(source), draft, model.config.params_dtype)
-        if isinstance(source, str | Path) and Path(source).is_dir():
-            copy_companions(Path(source), draft)
+        copy_companions(source, draft)
         draft.rename(final)
 
     parallel.owner(publish)
+
+
+def _write(writer: ShardWriter, model: HiddenGPT, parallel: Parallel) -> OSError | None:
+    """Write the tensors on rank 0 and return what went wrong there.
+
+    The other ranks of the replica wait in the export, so it is seen through even after an error.
+    """
+    problem = None
+    for name, tensor in export_hf(model, parallel):
+        if parallel.is_main and problem is None:
+            try:
+                writer.add(name, tensor)
+            except OSError as error:
+                problem = error
+    return problem

@@ -1,0 +1,153 @@
+"""config.json → Architecture → TransformerConfig: both layouts, and every refusal by name."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from megatron_opd.model import architecture, check_layout, padded_vocab, transformer_config
+from tests.hf import FAMILIES, hf_model, to_old_layout
+
+QWEN2 = {
+    "model_type": "qwen2",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 203,
+    "max_position_embeddings": 256,
+}
+
+
+def config_of(family: str) -> dict:
+    config = hf_model(family).config.to_dict()
+    return json.loads(json.dumps({**config, "dtype": "bfloat16"}, default=str))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layouts_before_and_since_transformers_5_say_the_same(family):
+    new = config_of(family)
+    old = to_old_layout(new)
+    assert "rope_parameters" in new and "rope_parameters" not in old and "rope_theta" in old
+    a, b = architecture(new), architecture(old)
+    assert dataclasses.replace(a, rope={}) == dataclasses.replace(b, rope={})
+    assert torch.equal(a.inv_freq(), b.inv_freq())
+    assert a.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rotary_frequencies_are_those_of_transformers(family):
+    model = hf_model(family)
+    ours = architecture(model.config.to_dict()).inv_freq()
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, model.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
+
+
+def test_llama3_uses_every_parameter():
+    base = config_of("llama")
+    plain = architecture({**base, "rope_parameters": {"rope_theta": 10000.0}}).inv_freq()
+    scaled = architecture(base).inv_freq()
+    ratio = plain / scaled
+    assert ratio[0] == 1 and 1 < ratio[1] < 6 and ratio[2:].eq(6).all()  # keep, between, slow
+    for key in (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ):
+        changed = {**base["rope_parameters"], key: base["rope_parameters"][key] * 1.2}
+        other = architecture({**base, "rope_parameters": changed}).inv_freq()
+        assert not torch.equal(other, scaled), key
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"model_type": "mamba"}, "model_type='mamba', expected one of llama, qwen2, qwen3"),
+        ({"model_type": None}, "model_type=None"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, expected 'silu'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config="),
+        ({"use_sliding_window": True, "max_window_layers": 2}, "use_sliding_window=True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type='yarn', expected one of"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"dtype": "int8"}, "dtype='int8', expected one of float32, bfloat16, float16"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(tmp_path, change, told):
+    (tmp_path / "config.json").write_text(json.dumps({**QWEN2, **change}))
+    with pytest.raises(ValueError) as caught:
+        architecture(tmp_path)
+    message = str(caught.value)
+    assert told in message and str(tmp_path / "config.json") in message and "\n" not in message
+
+
+def test_settings_that_are_switched_off_are_accepted():
+    off = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 2}
+    assert architecture({**QWEN2, **off}) == architecture(QWEN2)
+    assert architecture({**QWEN2, "attention_bias": None, "rope_scaling": None}) == architecture(
+        QWEN2
+    )
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere.*expected a Hugging Face config"):
+        architecture(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json: expected a JSON object, got list"):
+        architecture(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "tp", "pp", "told"),
+    [
+        ({}, 3, 1, "tp=3 does not divide num_attention_heads=4"),
+        ({}, 4, 1, "tp=4 does not divide num_key_value_heads=2"),
+        ({"intermediate_size": 49}, 2, 1, "tp=2 does not divide intermediate_size=49"),
+        ({}, 0, 1, "tp=0 does not divide num_attention_heads=4"),
+        ({}, 1, 3, "pp=3 does not divide num_hidden_layers=4"),
+    ],
+)
+def test_a_layout_that_does_not_divide_is_named(change, tp, pp, told):
+    with pytest.raises(ValueError, match=told):
+        check_layout({**QWEN2, **change}, tp, pp)
+    check_layout(QWEN2, 2, 2)
+
+
+def test_vocabulary_is_padded_as_megatron_does():
+    assert [padded_vocab(n, tp) for n, tp in [(151936, 1), (203, 1), (203, 4)]] == [
+        151936,
+        256,
+        512,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("megatron", "told"),
+    [
+        ({"recompute_granularty": "full"}, "did you mean 'recompute_granularity'"),
+        ({"hidden_size": 64}, r"megatron\.hidden_size=64: set from the model's config\.json"),
+        ({"sequence_parallel": True}, r"megatron\.sequence_parallel=True: set from"),
+        ({"context_parallel_size": 2}, "context parallelism is not supported"),
+        ({"virtual_pipeline_model_parallel_size": 2}, "virtual pipeline stages"),
+        ({"recompute_granularity": "some"}, "refused by TransformerConfig"),
+    ],
+)
+def test_megatron_overrides_are_checked(megatron, told):
+    with pytest.raises(ValueError, match=told):
+        transformer_config(architecture(QWEN2), megatron, dtype=torch.float32)
+
+
+def test_megatron_overrides_arrive():
+    megatron = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+    config = transformer_config(architecture(QWEN2), megatron, dtype=torch.bfloat16, tp=2, pp=2)
+    assert config.recompute_granularity == "selective" and config.recompute_modules == ["mlp"]
+    assert config.bf16 and config.params_dtype == config.pipeline_dtype == torch.bfloat16

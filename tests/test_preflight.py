@@ -1,0 +1,209 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from megatron_opd import memory
+from megatron_opd import parallel as mesh
+from megatron_opd.config_file import load_config
+from megatron_opd.model import architecture, build_model
+from megatron_opd.preflight import check, preflight, render
+from tests.distributed import run_ranks
+from tests.hf import FAMILIES, hf_model
+from tests.home import make_home
+from tests.tiny import qwen3
+from tests.tokenizers import train_tokenizer
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A working directory with two models and ten prompts."""
+    monkeypatch.chdir(tmp_path)
+    return make_home(tmp_path)
+
+
+def load(*overrides):
+    return load_config(["config.yaml"], overrides)
+
+
+def refusal(config, world=1, **how):
+    """The one line with which a config is refused."""
+    with pytest.raises(ValueError) as raised:
+        preflight(config, world, **how)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_the_plan_counts_steps_sequences_and_tokens(home):
+    plan = preflight(load("parallel.tp=2", "train.epochs=3"), world=4)
+    template = len(train_tokenizer(home / "again")("<|im_start|>user\n<|im_end|>\n").input_ids)
+    template += len("assistant\n") + 1
+    assert plan.longest_prompt == template + 10
+    assert (plan.dp, plan.steps) == (2, 7)  # 3 × 10 // 4
+    assert plan.sequences_per_replica == 4  # 4 prompts / 2 replicas × 2 responses
+    assert plan.tokens_per_step == 8 * (plan.longest_prompt + 36)
+    assert plan.microbatches == 4 // (128 // (plan.longest_prompt + 36))
+    assert len(plan.prompts) == 10 and plan.held_out == [] and plan.warnings == []
+    assert preflight(load("train.steps=2"), world=1).steps == 2
+    assert sorted(path.name for path in home.iterdir()) == [
+        "again",
+        "config.yaml",
+        "prompts.jsonl",
+        "student",
+        "teacher",
+    ]
+
+
+def test_the_table_says_what_a_user_wants_to_know(home):
+    shutil.copy("prompts.jsonl", "held_out.jsonl")
+    config = load("eval.prompts=[held_out.jsonl]", "optimizer.min_lr=1e-9", "parallel.tp=2")
+    text = render(preflight(config, world=4))
+    student = memory.count_parameters("student")
+    assert f"student   {student:,} parameters, student" in text
+    assert "10 for evaluation" in text and "4 = tp 2 × pp 1 × dp 2" in text
+    assert "2 steps of 4 prompts × 2 responses, in runs/one" in text
+    assert "optimizer states" in text and "key-value cache" in text
+    assert text.endswith("warning: optimizer.min_lr: has no effect in this config")
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen2_tied", "qwen3", "qwen3_tied"])
+def test_parameters_are_counted_as_transformers_counts_them(tmp_path, family):
+    assert family in FAMILIES
+    model = hf_model(family)
+    model.config.save_pretrained(tmp_path)
+    assert memory.count_parameters(str(tmp_path)) == model.num_parameters()
+
+
+def _parameters_of_this_rank(rank, tp, pp, tied):
+    parallel = mesh.initialize(tp, pp)
+    hf = qwen3(tie_word_embeddings=tied)
+    model = build_model(hf, parallel, dtype=torch.float32, seed=None)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)])
+def test_the_fullest_rank_is_that_of_the_real_model(tp, pp, tied):
+    built = run_ranks(_parameters_of_this_rank, tp * pp, tp, pp, tied)
+    arch = architecture(qwen3(tie_word_embeddings=tied))
+    assert memory._fullest_stage(arch, tp, pp) == max(built)
+
+
+def test_memory_follows_the_config(home):
+    def need(*overrides, dp=2):
+        return memory.estimate(load(*overrides), dp)
+
+    size = memory.count_parameters("student")
+    base = need()
+    assert base["always"]["student weights"] >= 4 * size
+    assert base["always"]["optimizer states"] == base["always"]["gradients, float32"]  # 8 / 2
+    bf16 = need("student.dtype=bfloat16")
+    assert bf16["always"]["student weights"] * 2 == base["always"]["student weights"]
+    assert bf16["always"]["optimizer states"] * 2 == 3 * base["always"]["optimizer states"]
+    whole = need("optimizer.distributed=false")["always"]["optimizer states"]
+    assert whole == 2 * base["always"]["optimizer states"]
+    # keys and values of 4 sequences of 100 tokens, 4 layers of 4 heads of 8, in float32
+    assert base["rollout"]["key-value cache"] == 2 * 4 * 100 * 4 * 4 * 8 * 4
+    assert (
+        need("rollout.batch_size=1")["rollout"]["key-value cache"] * 4
+        == (base["rollout"]["key-value cache"])
+    )
+    assert need("train.recompute=full")["train"]["activations"] < base["train"]["activations"]
+    away = need("teacher.offload=true")
+    assert "teacher weights" in base["always"] and "teacher weights" in away["score"]
+    assert base["score"]["teacher hidden states"] == 4 * 36 * 32 * 4
+    assert memory.peak({"always": {"a": 3}, "x": {"b": 1, "c": 1}, "y": {"d": 5}}) == 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "line"),
+    [
+        (["student.path=nowhere"], 1, "student.path: no directory 'nowhere'"),
+        (["teacher.path=runs"], 1, "teacher.path: no directory 'runs'"),
+        (["data.prompts=[gone.jsonl]"], 1, "data.prompts: no file 'gone.jsonl'"),
+        (["eval.prompts=[gone.jsonl]"], 1, "eval.prompts: no file 'gone.jsonl'"),
+        (["run.resume=true"], 1, "run.resume: there is no run in 'runs/one'"),
+        (["run.dir=student"], 1, "run.dir: 'student' exists; set run.resume=true or choose"),
+        (["run.dir=config.yaml"], 1, "run.dir: 'config.yaml' exists"),
+        (["teacher.offload=true"], 1, "teacher.offload: needs a GPU"),
+        (["parallel.tp=2"], 3, "parallel: tp=2 × pp=1 needs a multiple of 2 ranks, got 3"),
+        (["parallel.tp=3"], 3, "tp=3 does not divide num_attention_heads=4"),
+        (["parallel.pp=4"], 4, "pp=4 does not divide num_hidden_layers=2"),
+        ([], 8, "train.prompts_per_step: got 4, expected a multiple of 8, the data-parallel"),
+        (["megatron.num_layer=3"], 1, "megatron.num_layer: not a field of TransformerConfig"),
+        (
+            ["rollout.max_tokens=300", "train.microbatch_tokens=1000"],
+            1,
+            "student.path: max_position_embeddings=256 of 'student', but data.max_prompt_tokens=64 "
+            "+ the longest response 300 = 364",
+        ),
+        (["objective.k=300"], 1, "objective.k: got 300, expected at most the 259 ids"),
+        (
+            ["data.max_prompt_tokens=20"],
+            1,
+            "9 of 10 prompts are longer than data.max_prompt_tokens=20",
+        ),
+        (["train.prompts_per_step=12"], 1, "train.prompts_per_step: got 12, expected at most"),
+        (["optimizer.warmup_steps=2"], 1, "optimizer.warmup_steps: got 2, expected fewer than"),
+        (["rollout.engine=replay", "rollout.n=1"], 1, "prompts.jsonl, row 0: no response"),
+    ],
+)
+def test_what_cannot_run_is_one_line_and_leaves_nothing(home, overrides, world, line):
+    before = sorted(home.rglob("*"))
+    assert line in refusal(load(*overrides), world)
+    assert sorted(home.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("config.json", "teacher.path: 'teacher' has no config.json"),
+        ("tokenizer*", "teacher.path: 'teacher' has no tokenizer files"),
+        ("model.safetensors", "teacher.path: 'teacher' has no *.safetensors weights"),
+    ],
+)
+def test_a_model_directory_lacks_something(home, name, line):
+    for file in (home / "teacher").glob(name):
+        file.unlink()
+    assert refusal(load()).startswith(line)
+
+
+def test_weights_and_a_gpu_may_be_absent_when_only_planning(home):
+    (home / "teacher" / "model.safetensors").unlink()
+    plan = preflight(load("teacher.offload=true"), world=1, dry_run=True)
+    assert [line.split(":")[0] for line in plan.warnings] == ["teacher.path", "teacher.offload"]
+
+
+def test_random_weights_need_no_file(home):
+    (home / "student" / "model.safetensors").unlink()
+    assert check(load("student.init=random"), world=1) == []
+    assert "student.path" in refusal(load())
+
+
+def test_another_tokenizer_is_refused_or_allowed(home):
+    train_tokenizer(home / "teacher", ["abab abab"] * 9, vocab_size=260)
+    assert refusal(load()).startswith("teacher: 1 token ids differ from the student's (259: None")
+    preflight(load("teacher.allow_tokenizer_mismatch=true"), world=1)
+
+
+def test_a_broken_tokenizer_is_one_line(home):
+    (home / "student" / "tokenizer.json").write_text("{")
+    assert refusal(load()).startswith("student.path: no tokenizer in 'student' that can be read")
+
+
+def test_tables_with_fewer_rows_than_tokens(home):
+    config = json.loads((home / "teacher" / "config.json").read_text())
+    (home / "teacher" / "config.json").write_text(json.dumps({**config, "vocab_size": 258}))
+    assert refusal(load()).startswith(
+        "teacher.path: vocab_size=258 of 'teacher', expected at least"
+    )
+
+
+def test_resuming_goes_on_in_a_directory_that_exists(home):
+    (home / "runs" / "one").mkdir(parents=True)
+    assert check(load(), world=1) == []  # empty: nothing to overwrite
+    (home / "runs" / "one" / "metrics.jsonl").touch()
+    assert refusal(load()).startswith("run.dir: 'runs/one' exists")
+    assert check(load("run.resume=true"), world=1) == []

@@ -1,0 +1,89 @@
+"""The converter: Hugging Face → Megatron → Hugging Face is the same bits, at any two layouts."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.hf import read_json, write_checkpoint
+from tools.convert_checkpoint import main
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="hides GPUs only as a program")
+
+
+def convert(kind, source, target, tp=1, pp=1) -> int:
+    return main([kind, str(source), str(target), "--tp", str(tp), "--pp", str(pp)])
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen2_tied", "qwen3"])
+def test_round_trip_is_bit_exact(tmp_path, family, dtype):
+    folder = write_checkpoint(tmp_path / "hf", family, dtype=dtype)
+    original = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in original.values()} == {dtype}
+    for there, back in [((2, 2), (1, 1)), ((1, 2), (2, 1))]:
+        middle, end = tmp_path / f"megatron_{there}", tmp_path / f"hf_{back}"
+        assert convert("hf-to-megatron", folder, middle, *there) == 0
+        assert convert("megatron-to-hf", middle, end, *back) == 0
+        final = load_file(end / "model.safetensors")
+        assert final.keys() == original.keys()
+        for name, tensor in original.items():
+            assert final[name].dtype == dtype and torch.equal(final[name], tensor), name
+        for name in ("config.json", "generation_config.json", "tokenizer.json"):
+            assert read_json(end / name) == read_json(folder / name)
+    assert not list(tmp_path.glob("tmp_*"))
+
+
+def test_the_layout_may_change_the_padded_vocabulary(tmp_path):
+    """203 rows pad to 256 at tp 1 and 2, and 4 heads of 4 groups let tp 4 pad to 512."""
+    folder = write_checkpoint(tmp_path / "hf", "qwen3", num_key_value_heads=4)
+    assert convert("hf-to-megatron", folder, tmp_path / "megatron", tp=4) == 0
+    assert convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "back", pp=2) == 0
+    original = load_file(folder / "model.safetensors")
+    final = load_file(tmp_path / "back" / "model.safetensors")
+    assert all(torch.equal(final[name], tensor) for name, tensor in original.items())
+
+
+def test_errors_are_one_line_and_leave_nothing_behind(tmp_path, capfd):
+    folder = write_checkpoint(tmp_path / "hf", "qwen3")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.inf
+    broken = write_checkpoint(tmp_path / "broken", "qwen3")
+    save_file(tensors, broken / "model.safetensors")
+    mixed = write_checkpoint(tmp_path / "mixed", "qwen3")
+    tensors["model.norm.weight"] = torch.ones(32).half()
+    save_file(tensors, mixed / "model.safetensors")
+    before = sorted(tmp_path.iterdir())
+    new = tmp_path / "new"
+    for kind, source, target, layout, told in [
+        ("hf-to-megatron", folder, mixed, {}, f"DST={mixed} exists"),
+        ("hf-to-megatron", tmp_path, new, {}, "expected a Hugging Face config.json"),
+        ("hf-to-megatron", folder, new, {"tp": 3}, "tp=3 does not divide"),
+        ("hf-to-megatron", mixed, new, {}, "dtype F16, F32, expected"),
+        ("hf-to-megatron", broken, new, {"pp": 2}, "model.norm.weight has values that are not"),
+        ("megatron-to-hf", folder, new, {}, "has no metadata.json, expected a Megatron checkpoint"),
+    ]:
+        capfd.readouterr()
+        assert convert(kind, source, target, **layout) == 2
+        error = capfd.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ") and told in error
+    assert {path.name for path in tmp_path.iterdir()} - {path.name for path in before} == set()
+
+
+def test_it_runs_as_a_program(tmp_path):
+    folder = write_checkpoint(tmp_path / "hf", "qwen2_tied", dtype=torch.bfloat16)
+    root = Path(__file__).parents[2]
+    program = [sys.executable, str(root / "tools" / "convert_checkpoint.py")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    run = partial(subprocess.run, check=True, capture_output=True, text=True, env=environment)
+    assert "hf-to-megatron" in run([*program, "--help"]).stdout
+    run([*program, "hf-to-megatron", str(folder), str(tmp_path / "megatron"), "--tp", "2"])
+    assert (tmp_path / "megatron" / "hf" / "tokenizer.json").exists()
