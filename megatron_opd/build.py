@@ -145,7 +145,7 @@ def build_objective(config: cfg.Config) -> Objective:
 
 def build_reward(config: cfg.Config) -> Reward:
     """Find the function that scores evaluation responses."""
-    return cfg.resolve(config.eval.reward, REWARDS)
+    return cfg.resolve("eval.reward", config.eval.reward, REWARDS)
 
 
 def open_log(config: cfg.Config, resume_step: int) -> RunLog:

@@ -5,16 +5,15 @@ A checkpoint is written under a temporary name and renamed when complete, so eve
 """
 
 import json
-import multiprocessing
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_opd.model.torch_dist import fork_checkpoint_writer, sharded_weights
 from megatron_opd.parallel import Parallel
 from megatron_opd.step import Student
 
@@ -56,7 +55,7 @@ def latest(folder: Path, parallel: Parallel) -> Path | None:
 
 
 def _sharded(student: Student, *, loading: bool) -> dict[str, Any]:
-    model = student.model.sharded_state_dict()
+    model = sharded_weights(student.model)
     optimizer = student.optimizer.sharded_state_dict(model, is_loading=loading, metadata=METADATA)
     return {"model": model, "optimizer": optimizer}
 
@@ -72,15 +71,6 @@ def _publish(draft: Path, final: Path, state: dict[str, Any], keep: int) -> None
     draft.rename(final)
     for old in sorted(final.parent.glob("step_*"))[:-keep]:
         shutil.rmtree(old)
-
-
-def fork_checkpoint_writer() -> None:
-    """Let Megatron's checkpoint writer fork its queue instead of spawning it, without CUDA.
-
-    filesystem_async.py:54 spawns a Manager, which re-imports `__main__`: 2-4 s on every rank.
-    """
-    if not torch.cuda.is_available() and filesystem_async._results_queue is None:
-        filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
 
 
 # Without Transformer Engine and Apex, Megatron's distributed optimiser runs torch's AdamW, which

@@ -351,8 +351,8 @@ def sections() -> dict[str, type[Section]]:
     return found
 
 
-def resolve(name: str, table: Mapping[str, Any]) -> Any:
-    """Return the built-in called `name`, else the attribute of "module:attr".
+def resolve(key: str, name: str, table: Mapping[str, Any]) -> Any:
+    """Return the built-in that config key `key` calls `name`, else the attribute of "module:attr".
 
     Raises:
         ValueError: neither exists; names the built-ins.
@@ -364,5 +364,5 @@ def resolve(name: str, table: Mapping[str, Any]) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"'{name}': got {error}; expected one of {', '.join(table)}, or module:attr"
+            f"{key}: got '{name}' ({error}), expected one of {', '.join(table)}, or module:attr"
         ) from None

@@ -15,6 +15,7 @@ from megatron_opd.metrics import Metrics, RunLog, console_line
 from megatron_opd.model import save_hf
 from megatron_opd.packing import needed_microbatches, pack
 from megatron_opd.parallel import Parallel
+from megatron_opd.preflight import preflight
 from megatron_opd.rollout import request_seed
 from megatron_opd.types import Microbatch, Rollout
 
@@ -28,9 +29,9 @@ class Job:
         self.config, self.parallel = config, parallel
         self.folder = Path(config.run.dir)
         self.tokenizer = build.load_tokenizer(config.student.path)
-        prompts, self.held_out = parallel.owner(lambda: build.load_data(config, self.tokenizer))
-        self.steps = build.count_steps(config, len(prompts))
-        self.stream = PromptStream(prompts, config.seed, config.data.shuffle)
+        plan = parallel.owner(lambda: preflight(config, parallel.world))
+        self.steps, self.held_out = plan.steps, plan.held_out
+        self.stream = PromptStream(plan.prompts, config.seed, config.data.shuffle)
         self.run_log: RunLog | None = None
         size, stops = vocab_size(self.tokenizer), build.stop_ids(config, self.tokenizer)
         self.student = build.build_student(config, parallel, vocab_size=size, steps=self.steps)
@@ -50,6 +51,8 @@ class Job:
             state = checkpoint.load(newest, self.student)
             self.stream.load_state_dict(state["stream"])
             step = state["step"]
+        elif self.config.run.resume and self.parallel.is_main:
+            log.warning("run.resume: no checkpoint in '%s'; starting from step 1", self.folder)
         self.run_log = self.parallel.main_only(lambda: build.open_log(self.config, step))
         return step
 

@@ -84,6 +84,9 @@ def quiet_imports() -> None:
         r"(Transformer Engine and Apex are not|Apex is not|absl\.logging is not) installed",
         # torch 2.13 on Megatron-Core's own calls
         r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
+        # torch 2.13 on every load of a distributed checkpoint
+        r"`load_state_dict` is deprecated and will be removed",
+        r"Please use DTensor instead and we are deprecating ShardedTensor",
         # fp32 shards in DistributedOptimizer
         r"The \.grad attribute of a Tensor that is not a leaf",
         r"When using (sequence parallelism|async grad allreduce) it is recommended to set .* CUDA_",

@@ -73,6 +73,7 @@ def check(config: Config, world: int, *, dry_run: bool = False) -> list[str]:
         for file in files:
             if not Path(file).is_file():
                 raise ValueError(f"{section}.prompts: no file '{file}'")
+    build.build_reward(config)
     _check_run(config)
     warnings = cautions(config)
     for obstacle in _obstacles(config):

@@ -58,7 +58,8 @@ def _child(function, rank: int, world: int, args, folder: Path) -> None:
         )
         value = function(rank, *args)
         torch.save(value, folder / f"value_{rank}.pt")
-        dist.barrier()
+        if dist.is_initialized():  # a whole run leaves the group itself
+            dist.barrier()
         code = 0
     except BaseException:
         (folder / f"error_{rank}").write_text(f"rank {rank}:\n{traceback.format_exc()}")

@@ -245,11 +245,11 @@ def test_every_key_has_its_sentence():
 
 
 def test_resolve_finds_built_ins_and_attributes():
-    assert resolve("two", {"two": 2}) == 2
-    assert resolve("json:dumps", {}).__name__ == "dumps"
+    assert resolve("key", "two", {"two": 2}) == 2
+    assert resolve("key", "json:dumps", {}).__name__ == "dumps"
     for name in ("three", "json:nothing", "no_such_module:x", ":", ""):
-        with pytest.raises(ValueError, match="expected one of two, or module:attr"):
-            resolve(name, {"two": 2})
+        with pytest.raises(ValueError, match="^key: .*expected one of two, or module:attr"):
+            resolve("key", name, {"two": 2})
 
 
 def test_the_config_needs_no_torch():

@@ -2,8 +2,8 @@
 
     347+85=   →   7+5=12,4+8+1=13,3+1=4;432
 
-Columns are added from the right, each with its carry; then the sum is written out. One slip early in
-a response spoils everything after it, which is what on-policy distillation is about.
+Columns are added from the right, each with its carry; then the sum is written out. One slip early
+in a response spoils everything after it, which is what on-policy distillation is about.
 """
 
 import json
@@ -30,6 +30,7 @@ def question_and_answer(a: int, b: int) -> tuple[str, str]:
 
 def write_data(folder: Path, *, train: int, test: int, digits: int, seed: int) -> None:
     """Write train.jsonl and test.jsonl, with no question in both."""
+    folder.mkdir(parents=True, exist_ok=True)
     draw, seen, rows = random.Random(seed), set(), []
     while len(rows) < train + test:
         pair = tuple(draw.randrange(10 ** draw.randint(1, digits)) for _ in range(2))

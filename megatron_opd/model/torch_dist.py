@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_opd.model.config import HFConfig, read_config
@@ -66,14 +67,26 @@ def load_megatron(model: HiddenGPT, folder: str | Path, parallel: Parallel) -> N
         ValueError: `folder` is not such a checkpoint, or is one of another model.
     """
 
-    def load() -> None:
-        try:
-            state: Any = dist_checkpointing.load(sharded_weights(model), str(folder))
-        except CheckpointingException as problem:
-            told = " ".join(str(problem).split())
-            raise ValueError(f"{folder}: not a checkpoint of this model: {told}") from None
-        missing = model.load_state_dict(state, strict=False).missing_keys
-        lost = [key for key in missing if not key.endswith("_extra_state")]
-        assert not lost, f"Megatron loaded no value for {lost}"
+    wanted = sharded_weights(model)
+    parallel.agree(lambda: _check(wanted, str(folder)))
+    state: Any = dist_checkpointing.load(wanted, str(folder))
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    lost = [key for key in missing if not key.endswith("_extra_state")]
+    assert not lost, f"Megatron loaded no value for {lost}"
 
-    parallel.agree(load)
+
+def _check(wanted: dict[str, Any], folder: str) -> None:
+    """Compare with what is stored: Megatron's own error is a page from every rank."""
+    try:
+        stored = dist_checkpointing.load_tensors_metadata(folder)
+    except CheckpointingException as problem:
+        told = " ".join(str(problem).split())
+        raise ValueError(f"{folder}: not a Megatron checkpoint: {told}") from None
+    for tensor in wanted.values():
+        found = stored.get(tensor.key)
+        if found is None:
+            raise ValueError(f"{folder}: {tensor.key} is missing: a checkpoint of another model")
+        fixed = isinstance(tensor, ShardedTensor) and not tensor.allow_shape_mismatch
+        if fixed and found.global_shape != tensor.global_shape:
+            got, expected = list(found.global_shape), list(tensor.global_shape)
+            raise ValueError(f"{folder}: {tensor.key} has shape {got}, expected {expected}")

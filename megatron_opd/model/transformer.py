@@ -103,6 +103,7 @@ def _numbers(dtype: torch.dtype) -> dict[str, Any]:
         "calculate_per_token_loss": True,
         "variable_seq_lengths": True,  # packed microbatches differ in length
         "moe_token_dispatcher_type": "alltoall",  # variable_seq_lengths wants it, dense or not
+        "cuda_graph_scope": None,  # the default of 0.16.1 is deprecated there
         "transformer_impl": "transformer_engine" if platform.has_transformer_engine() else "local",
     }
 

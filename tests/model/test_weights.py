@@ -13,7 +13,7 @@ from megatron_opd.model import architecture, build_model, export_hf, load_hf, pa
 from megatron_opd.model.hf_map import manifest, stage_parameters, weights
 from megatron_opd.model.torch_dist import sharded_weights
 from tests.distributed import run_ranks
-from tests.hf import FAMILIES, hf_model, read_json, write_checkpoint
+from tests.hf import hf_model, read_json, write_checkpoint
 from tests.model.layouts import LAYOUTS, join, world
 
 
@@ -33,7 +33,7 @@ def round_trips(folder, layout, dtype=torch.float32):
     return run_ranks(_round_trip, world(layout), folder, layout, dtype)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen2_tied", "qwen3"])
 def test_export_returns_the_original_tensors_on_every_rank_of_every_layout(tmp_path, family):
     dtype = torch.bfloat16 if family == "qwen3" else torch.float32
     folder = write_checkpoint(tmp_path, family, dtype=dtype)

@@ -1,0 +1,225 @@
+"""The loop as users run it: on-policy and replay jobs, killed and resumed, on real prompts."""
+
+import json
+import os
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from megatron_opd import parallel as mesh
+from megatron_opd import train
+from megatron_opd.config_file import load_config
+from megatron_opd.job import Job
+from megatron_opd.step import train_step
+from tests.distributed import run_ranks
+from tests.hf import hf_model
+from tests.tokenizers import train_tokenizer
+
+DAPO = Path(__file__).parents[2] / "shared/data/dapo-math-17k-boxed.parquet"
+CONFIG = """
+student: {path: student, dtype: float32}
+teacher: {path: teacher}
+data: {prompts: [prompts.jsonl], max_prompt_tokens: 64, shuffle: true}
+rollout: {n: 2, max_tokens: 12, batch_size: 5}
+objective: {k: 8, chunk_tokens: 16}
+optimizer: {lr: 3.0e-3, warmup_steps: 2, schedule: cosine}
+train: {prompts_per_step: 4, steps: 5, microbatch_tokens: 128}
+eval: {prompts: [prompts.jsonl], every: 2}
+run: {dir: runs/one, save_every: 1, save_rollouts_every: 2, tensorboard: true}
+"""
+
+
+def make_home(folder: Path, texts=(), vocab_size: int = 300) -> Path:
+    """Write two real tiny models with their tokenizer, prompts with responses, and a config."""
+    for name, layers, seed in (("student", 2, 1), ("teacher", 4, 2)):
+        tokenizer = train_tokenizer(folder / name, texts, vocab_size=vocab_size)
+        shape = dict(
+            vocab_size=len(tokenizer) + 3, num_hidden_layers=layers, hidden_size=16 * layers
+        )
+        model = hf_model("qwen3_tied", seed=seed, max_position_embeddings=1024, **shape)
+        model.save_pretrained(folder / name)
+    rows = [
+        {"prompt": f"{a} + {a + 1} =", "answer": f"{2 * a + 1}", "response": f"{2 * a + 1}"}
+        for a in range(10)
+    ]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.yaml").write_text(CONFIG)
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return make_home(tmp_path)
+
+
+def _main(rank, overrides):
+    train.main(load_config(["config.yaml"], overrides))
+
+
+def run(world, *overrides):
+    run_ranks(_main, world, list(overrides))
+
+
+def records(folder):
+    """Read metrics.jsonl without what the clock says."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "perf/"))} for line in lines
+    ]
+
+
+def exported(folder, step=5):
+    return load_file(folder / f"hf/step_{step:06d}/model.safetensors")
+
+
+def test_a_run_leaves_what_it_should(home):
+    run(2, "parallel.tp=2")
+    folder = Path("runs/one")
+    history = records(folder)
+    assert [r["step"] for r in history] == [0, 1, 2, 3, 4, 5]
+    assert ["eval/accuracy" in r for r in history] == [True, False, True, False, True, True]
+    for record in history[1:]:
+        assert record["policy/mismatch_max"] < 1e-4  # engine and trainer agree
+        assert 0 < record["distill/overlap_ratio"] < 1 and record["distill/reverse_kl"] > 0
+        assert record["distill/overlap_mass_student"] > 0 > record["distill/overlap_advantage"]
+        assert record["rollout/response_tokens"] <= 12
+        wanted = {"student/entropy", "teacher/entropy", "distill/entropy_gap", "optim/grad_norm"}
+        assert wanted <= record.keys()
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == [
+        "step_000004",
+        "step_000005",
+    ]
+    rows = [json.loads(x) for x in (folder / "rollouts/step_000004.jsonl").read_text().splitlines()]
+    assert len(rows) == 8 and all(row["tokens"] <= 12 and row["logp_mean"] < 0 for row in rows)
+    assert any(path.name.startswith("events") for path in folder.rglob("*"))
+    assert load_config([folder / "config.yaml"]).parallel.tp == 2
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "hf/step_000005")
+    assert loaded.config.vocab_size == 259 + 3 and loaded.dtype == torch.float32
+
+
+def _die_after(rank, overrides, mark):
+    """Run, and be killed some time after the file `mark` appears: no clean-up of any kind."""
+
+    def watch():
+        while not Path(mark).exists():
+            time.sleep(0.002)
+        time.sleep(0.01 * rank)
+        os.kill(os.getpid(), 9)
+
+    threading.Thread(target=watch, daemon=True).start()
+    _main(rank, overrides)
+
+
+@pytest.mark.parametrize(
+    "layout", [["parallel.tp=2"], ["parallel.pp=2"], []], ids=["tp2", "pp2", "dp2"]
+)
+def test_a_killed_run_resumes_bit_by_bit(home, layout):
+    run(2, *layout, "run.dir=runs/whole")
+    broken = [*layout, "run.dir=runs/broken"]
+    mark = "runs/broken/checkpoints/step_000002/state.json"
+    with pytest.raises(RuntimeError, match="failed"):
+        run_ranks(_die_after, 2, broken, mark)
+    assert not Path("runs/broken/hf").exists()
+    run(2, *broken, "run.resume=true")
+    assert records(Path("runs/broken")) == records(Path("runs/whole"))
+    one, other = exported(Path("runs/broken")), exported(Path("runs/whole"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_resuming_a_finished_run_changes_nothing_but_the_clock(home):
+    run(1)
+    before = records(Path("runs/one"))
+    run(1, "run.resume=true", "run.export=false")
+    assert records(Path("runs/one")) == before
+
+
+def test_replay_is_supervised_training(home):
+    supervised = [
+        "teacher=null",
+        "rollout.engine=replay",
+        "rollout.n=1",
+        "objective.support=sampled",
+        "objective.divergence=cross_entropy",
+        "train.steps=60",
+        "optimizer.lr=1e-2",
+        "eval.every=0",
+        "run.save_every=0",
+        "run.save_rollouts_every=0",
+    ]
+    run(1, *supervised)
+    history = records(Path("runs/one"))
+    assert history[-1]["student/nll"] < 0.3 * history[1]["student/nll"]
+    assert not any(name.startswith(("policy/", "distill/")) for name in history[-1])
+
+
+def test_the_student_comes_nearer_to_its_teacher(home):
+    run(
+        1,
+        "train.steps=60",
+        "optimizer.lr=1e-2",
+        "eval.every=0",
+        "run.save_every=0",
+        "run.save_rollouts_every=0",
+    )
+    history = records(Path("runs/one"))
+    assert history[-1]["distill/reverse_kl"] < 0.8 * history[1]["distill/reverse_kl"]
+
+
+def _supervision(rank, layout):
+    """Take two steps of the job; return what was supervised beside what was sampled."""
+    words = [f"parallel.tp={layout[0]}", f"parallel.pp={layout[1]}", "run.dir=runs/real"]
+    config = load_config(["real.yaml"], words)
+    parallel = mesh.initialize(*layout)
+    job = Job(config, parallel)
+    job.restore()
+    seen = []
+    for step in (1, 2):
+        job.engine.sync()
+        rollouts = job.generate(step)
+        batches = job.pack(rollouts)
+        scores = job.teacher.score(batches)
+        record = train_step(job.student, batches, scores, job.objective).reduce(
+            None, parallel.device
+        )
+        written = Counter(
+            pair for r in rollouts for pair in zip(r.response_ids, r.logp, strict=True)
+        )
+        trained = Counter(
+            pair
+            for b in batches
+            for pair in zip(b.target_N.tolist(), b.rollout_logp_N.tolist(), strict=True)
+        )
+        judged = [
+            len(s.hidden_NH) == len(b.target_N) for s, b in zip(scores, batches, strict=True) if s
+        ]
+        seen.append((written == trained, all(judged), sum(written.values()), record))
+    return seen
+
+
+@pytest.mark.skipif(not DAPO.is_file(), reason=f"needs {DAPO.name} in ../shared/data")
+@pytest.mark.parametrize("layout", [(2, 1), (2, 2)], ids=["TP2", "TP2×PP2"])
+def test_real_prompts(tmp_path, monkeypatch, layout):
+    import pyarrow.parquet
+
+    monkeypatch.chdir(tmp_path)
+    rows = pyarrow.parquet.read_table(DAPO, columns=["prompt"]).slice(0, 3000).to_pylist()
+    make_home(tmp_path, [row["prompt"][0]["content"] for row in rows], vocab_size=2000)
+    text = CONFIG.replace(
+        "prompts: [prompts.jsonl], max", f"prompts: [{DAPO}], too_long: drop, max"
+    )
+    text = text.replace("max_prompt_tokens: 64", "max_prompt_tokens: 512")
+    text = text.replace("max_tokens: 12", "max_tokens: 24").replace("tokens: 128", "tokens: 1024")
+    (tmp_path / "real.yaml").write_text(text)
+    for rank in run_ranks(_supervision, layout[0] * layout[1], layout):
+        for once, judged, tokens, record in rank:
+            assert once and judged and tokens > 100
+            assert record["policy/mismatch_max"] < 1e-4
+            assert record["distill/reverse_kl"] > 0
