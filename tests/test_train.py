@@ -164,7 +164,6 @@ def test_the_student_comes_nearer_to_its_teacher(home):
     run(
         1,
         "train.steps=60",
-        "optimizer.lr=1e-2",
         "eval.every=0",
         "run.save_every=0",
         "run.save_rollouts_every=0",
