@@ -40,7 +40,7 @@ def load(path: Path, student: Student) -> dict[str, Any]:
     state = student.parallel.owner(lambda: json.loads((path / "state.json").read_text()))
     _patch_distributed_optimizer()
     _before_load(student.optimizer)
-    loaded = dist_checkpointing.load(_sharded(student, loading=True), str(path))
+    loaded: Any = dist_checkpointing.load(_sharded(student, loading=True), str(path))
     student.model.load_state_dict(loaded["model"])
     student.optimizer.load_state_dict(loaded["optimizer"])
     _after_load(student.optimizer)

@@ -14,6 +14,7 @@ import sys
 import time
 import types
 import warnings
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -96,7 +97,8 @@ def quiet_imports() -> None:
 
 def _substitute_cuda() -> None:
     """Replace the `torch.cuda` functions that Megatron-Core calls and a CPU build refuses."""
-    cuda, cpu, stream = torch.cuda, torch.device("cpu"), _Stream()
+    cuda: Any = torch.cuda
+    cpu, stream = torch.device("cpu"), _Stream()
     cuda.current_device = lambda: cpu  # param_and_grad_buffer.py:800, mappings.py:91, ...
     cuda.synchronize = lambda device=None: None  # p2p_communication.py:242, filesystem_async.py
     cuda.manual_seed = torch.manual_seed  # tensor_parallel/random.py:237,422

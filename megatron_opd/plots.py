@@ -70,6 +70,14 @@ def _draw(ax: Axes, runs: Mapping[str, Records], metric: str, legend: str, *, co
     for number, records in enumerate(runs.values()):
         points = [(r["step"], r[metric]) for r in records if metric in r]
         if points:
-            label = legend if number == 0 else None
-            style = dict(color=color, alpha=1 / (1 + 0.5 * number), label=label)
-            ax.plot(*zip(*points, strict=True), marker="o" if few else None, ms=3, lw=1.4, **style)
+            steps, values = zip(*points, strict=True)
+            ax.plot(
+                steps,
+                values,
+                color=color,
+                alpha=1 / (1 + 0.5 * number),
+                label=None if number else legend,
+                marker="o" if few else None,
+                markersize=3,
+                linewidth=1.4,
+            )

@@ -138,8 +138,8 @@ def train_step(
     _, grad_norm, _ = student.optimizer.step()
     if not math.isfinite(grad_norm):  # the norm is global: every rank stops, and none waits
         raise FloatingPointError(
-            f"the gradient norm is {grad_norm}: the weights in memory are lost; go on from the last "
-            "checkpoint with run.resume=true, with a lower optimizer.lr perhaps"
+            f"the gradient norm is {grad_norm}: the weights in memory are lost; go on from the "
+            "last checkpoint with run.resume=true, with a lower optimizer.lr perhaps"
         )
     metrics.set("optim/grad_norm", float(grad_norm))
     metrics.set("optim/lr", student.optimizer.param_groups[0]["lr"])

@@ -59,7 +59,7 @@ class Microbatch:
 
     def to(self, device: torch.device) -> "Microbatch":
         """Return the same microbatch with every tensor on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in vars(self).items()
         }

@@ -56,7 +56,8 @@ def _resumed(rank, layout, folder, dtype, optimizer):
     parallel = mesh.initialize(*layout)
     student = _student(parallel, seed=99, dtype=dtype, optimizer=optimizer)  # other weights
     state = checkpoint.load(checkpoint.latest(folder, parallel), student)
-    return state, _run(student, _teacher(parallel, dtype), range(state["step"], 6)), _weights(student)
+    history = _run(student, _teacher(parallel, dtype), range(state["step"], 6))
+    return state, history, _weights(student)
 
 
 LAYOUTS = {"one": (1, (1, 1)), "TP2": (2, (2, 1)), "PP2": (2, (1, 2)), "DP2": (2, (1, 1))}

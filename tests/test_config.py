@@ -248,7 +248,7 @@ def test_resolve_finds_built_ins_and_attributes():
     assert resolve("key", "two", {"two": 2}) == 2
     assert resolve("key", "json:dumps", {}).__name__ == "dumps"
     for name in ("three", "json:nothing", "no_such_module:x", ":", ""):
-        with pytest.raises(ValueError, match="^key: .*expected one of two, or module:attr"):
+        with pytest.raises(ValueError, match=r"^key: .*expected one of two, or module:attr"):
             resolve("key", name, {"two": 2})
 
 

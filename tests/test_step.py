@@ -21,8 +21,8 @@ OBJECTIVES = {
     "cross_entropy": Objective("sampled", "cross_entropy", rollout_temperature=None),
 }
 TEACHER = dict(num_hidden_layers=2, hidden_size=48, intermediate_size=80, head_dim=12)
-# eps well above the rounding of a gradient: with 1e-8 Adam's first steps are the gradient's sign, and
-# the sign of an entry that is zero up to rounding is noise of size lr
+# eps well above the rounding of a gradient: with 1e-8 Adam's first steps are the gradient's sign,
+# and the sign of an entry that is zero up to rounding is noise of size lr
 ADAMW = cfg.Optimizer(lr=1e-2, weight_decay=0.1, clip_norm=0.5, eps=1e-3)
 
 
