@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -93,6 +94,17 @@ class Job:
         counts = {"train/microbatches": len(microbatches), "data/epoch": self.stream.epoch}
         return record | counts | seconds | {"perf/tokens_per_s": rate}
 
+    def _doubt_teacher(self, record: dict[str, float]) -> None:
+        """Warn of a teacher that prefers nothing: random weights, or none, look like this."""
+        uniform, entropy = math.log(self.student.vocab_size), record.get("teacher/entropy", 0.0)
+        if entropy > 0.95 * uniform:
+            log.warning(
+                "teacher: its entropy is %.2f nats of at most %.2f, so it prefers hardly any token; "
+                "are the weights in teacher.path trained, and is the prompt in its format?",
+                entropy,
+                uniform,
+            )
+
     def evaluates_at(self, step: int) -> bool:
         """Say whether held-out prompts are due after `step`."""
         section = self.config.eval
@@ -119,6 +131,8 @@ class Job:
         """Write a step's record and tell the user."""
         if self.run_log is not None:
             self.run_log.log(step, record)
+            if step == 1:
+                self._doubt_teacher(record)
             every = self.config.run.print_every
             if step % every == 0 or step == self.steps or "eval/accuracy" in record:
                 log.info(console_line(step, self.steps, record))

@@ -1,7 +1,8 @@
 """How many bytes a run needs on its fullest rank: arithmetic on config.json, nothing is allocated.
 
-Weights, gradients and optimizer are exact up to buffers. Activations are the tensors that a layer
-keeps for its backward, attention without its matrix: an estimate.
+Activations are the tensors that the portable layers keep for their backward on a GPU; on a CPU the
+norms keep a copy more. Not counted: what lives within one layer, communication buffers, the CUDA
+context, and what the allocator cannot reuse.
 """
 
 import math
@@ -34,7 +35,7 @@ def estimate(config: Config, dp: int) -> Memory:
         "score": {},
         "train": _training(config, student),
     }
-    if config.rollout.engine == "megatron":
+    if config.rollout.engine == "megatron" or config.eval.prompts:
         memory["rollout"]["key-value cache"] = _cache(config, student, dp)
     if config.teacher is not None:
         _add_teacher(memory, config, dp)
@@ -70,9 +71,14 @@ def _fullest_stage(arch: Architecture, tp: int, pp: int) -> int:
 
 def _cache(config: Config, student: Architecture, dp: int) -> int:
     """Keys and values of the sequences that are decoded together, at their longest."""
-    parallel, rollout = config.parallel, config.rollout
-    sequences = min(rollout.batch_size, config.train.prompts_per_step // dp * rollout.n)
-    tokens = sequences * (config.data.max_prompt_tokens + rollout.max_tokens)
+    parallel, rollout, prompt = config.parallel, config.rollout, config.data.max_prompt_tokens
+    tokens = 0
+    if rollout.engine == "megatron":
+        sequences = min(rollout.batch_size, config.train.prompts_per_step // dp * rollout.n)
+        tokens = sequences * (prompt + rollout.max_tokens)
+    if config.eval.prompts:  # of which there may be enough for a full batch
+        longest = prompt + (config.eval.max_tokens or rollout.max_tokens)
+        tokens = max(tokens, rollout.batch_size * longest)
     per_token = 2 * student.kv_heads * student.head_dim * student.layers
     return tokens * per_token * WIDTH[config.student.dtype] // (parallel.tp * parallel.pp)
 
@@ -80,20 +86,25 @@ def _cache(config: Config, student: Architecture, dp: int) -> int:
 def _training(config: Config, student: Architecture) -> dict[str, int]:
     tp, models = config.parallel.tp, 1 if config.teacher is None else 2
     columns = padded_vocab(student.vocab_rows, tp) // tp
+    # the logits of every model, and as much as two more in turning them into loss and gradient
+    buffers = models + 2
     return {
         "activations": _activations(config, student),
-        # logits, log-probabilities and what turns into their gradient
-        "logits of a chunk, float32": 3 * models * config.objective.chunk_tokens * columns * 4,
+        "logits of a chunk, float32": buffers * config.objective.chunk_tokens * columns * 4,
         "gradient of the head, float32": columns * student.hidden * 4,
     }
 
 
 def _activations(config: Config, student: Architecture) -> int:
     parallel, hidden = config.parallel, student.hidden
-    # per token of a layer: norms and residuals; queries, keys, values, gate, up and their products
+    # elements per token of a layer: inputs and outputs of its norms
     shared = hidden / (parallel.tp if parallel.sequence_parallel else 1)
-    attention = 2 * (student.heads + student.kv_heads) * student.head_dim
-    layer = 4 * shared + (attention + 4 * student.ffn) / parallel.tp
+    # queries projected, copied for their norm, rotated, and their outputs in two layouts; keys
+    # projected and rotated; values
+    queries = 4 + student.qk_norm - (config.train.recompute == "selective")
+    attention = (queries * student.heads + 3 * student.kv_heads) * student.head_dim
+    # gate, up, silu(gate), a second up (Megatron adds 0 to it), the product; cosines and sines
+    layer = 4 * shared + (attention + 5 * student.ffn) / parallel.tp + 4 * student.head_dim
     layers = student.layers // parallel.pp
     kept = shared * layers + layer if config.train.recompute == "full" else layer * layers
     in_flight = parallel.pp  # microbatches that the first stage holds
@@ -106,7 +117,12 @@ def _add_teacher(memory: Memory, config: Config, dp: int) -> None:
     teacher = architecture(config.teacher.path)
     width = WIDTH[config.teacher.dtype or config.student.dtype]
     size = _fullest_stage(teacher, config.parallel.tp, config.parallel.pp) * width
-    memory["score" if config.teacher.offload else "always"]["teacher weights"] = size
+    if config.teacher.offload:  # the loss needs the head
+        columns = padded_vocab(teacher.vocab_rows, config.parallel.tp) // config.parallel.tp
+        memory["always"]["teacher head"] = columns * teacher.hidden * width
+        memory["score"]["teacher weights"] = size - memory["always"]["teacher head"]
+    else:
+        memory["always"]["teacher weights"] = size
     responses = config.train.prompts_per_step // dp * config.rollout.n
     held = responses * config.rollout.max_tokens * teacher.hidden * width
     memory["score"]["teacher hidden states"] = memory["train"]["teacher hidden states"] = held

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_opd import parallel as mesh
@@ -170,6 +170,14 @@ def test_the_student_comes_nearer_to_its_teacher(home):
     )
     history = records(Path("runs/one"))
     assert history[-1]["distill/reverse_kl"] < 0.8 * history[1]["distill/reverse_kl"]
+
+
+def test_a_teacher_that_prefers_nothing_is_named(home):
+    path = home / "teacher/model.safetensors"
+    save_file({k: v if "norm" in k else v * 1e-3 for k, v in load_file(path).items()}, path)
+    run(1, "train.steps=1", "eval.prompts=[]", "eval.every=0", "run.export=false")
+    text = Path("runs/one/log.txt").read_text()
+    assert "teacher: its entropy is 5.56 nats of at most 5.56" in text
 
 
 def _supervision(rank, layout):

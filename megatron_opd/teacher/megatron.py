@@ -52,8 +52,10 @@ class _Offloaded:
 
     def __init__(self, tensors: list[Tensor]):
         self.tensors = tensors
-        self.host = [tensor.data.cpu().pin_memory() for tensor in tensors]
         self.device = tensors[0].device
+        self.host = [tensor.data.cpu() for tensor in tensors]
+        if self.device.type == "cuda":  # pinned, so that fetching overlaps
+            self.host = [tensor.pin_memory() for tensor in self.host]
         self.release()
 
     def fetch(self) -> None:
