@@ -99,8 +99,8 @@ class Job:
         uniform, entropy = math.log(self.student.vocab_size), record.get("teacher/entropy", 0.0)
         if entropy > 0.95 * uniform:
             log.warning(
-                "teacher: its entropy is %.2f nats of at most %.2f, so it prefers hardly any token; "
-                "are the weights in teacher.path trained, and is the prompt in its format?",
+                "teacher: its entropy is %.2f nats of at most %.2f, so it prefers hardly any "
+                "token; are the weights in teacher.path trained, and is the prompt in its format?",
                 entropy,
                 uniform,
             )

@@ -175,7 +175,7 @@ def test_the_student_comes_nearer_to_its_teacher(home):
 def test_a_teacher_that_prefers_nothing_is_named(home):
     path = home / "teacher/model.safetensors"
     save_file({k: v if "norm" in k else v * 1e-3 for k, v in load_file(path).items()}, path)
-    run(1, "train.steps=1", "eval.prompts=[]", "eval.every=0", "run.export=false")
+    run(1, "train.steps=3", "eval.prompts=[]", "eval.every=0", "run.export=false")
     text = Path("runs/one/log.txt").read_text()
     assert "teacher: its entropy is 5.56 nats of at most 5.56" in text
 
