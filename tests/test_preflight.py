@@ -6,13 +6,18 @@ import torch
 
 from megatron_opd import memory
 from megatron_opd import parallel as mesh
+from megatron_opd.build import RECOMPUTE
 from megatron_opd.config_file import load_config
+from megatron_opd.loss import Objective
 from megatron_opd.model import architecture, build_model
+from megatron_opd.model.gpt import forward
+from megatron_opd.packing import pack
 from megatron_opd.preflight import check, preflight, render
+from megatron_opd.types import Head, HiddenScores
 from tests.distributed import run_ranks
 from tests.hf import FAMILIES, hf_model
 from tests.home import make_home
-from tests.tiny import qwen3
+from tests.tiny import make_rollouts, qwen3
 from tests.tokenizers import train_tokenizer
 
 
@@ -111,10 +116,103 @@ def test_memory_follows_the_config(home):
         == (base["rollout"]["key-value cache"])
     )
     assert need("train.recompute=full")["train"]["activations"] < base["train"]["activations"]
+    assert need("rollout.batch_size=9")["rollout"] == base["rollout"]  # a replica has only 4
     away = need("teacher.offload=true")
-    assert "teacher weights" in base["always"] and "teacher weights" in away["score"]
+    head = away["always"]["teacher head"]  # stays: the loss multiplies by it
+    assert head == 384 * 32 * 4  # 260 rows, padded
+    assert base["always"]["teacher weights"] == head + away["score"]["teacher weights"]
     assert base["score"]["teacher hidden states"] == 4 * 36 * 32 * 4
     assert memory.peak({"always": {"a": 3}, "x": {"b": 1, "c": 1}, "y": {"d": 5}}) == 8
+
+
+def test_evaluation_has_a_cache_of_its_own_length(home):
+    def cache(*overrides):
+        return memory.estimate(load(*overrides), 2)["rollout"].get("key-value cache")
+
+    replay = ["rollout.engine=replay", "rollout.n=1"]
+    evaluates = ["eval.prompts=[prompts.jsonl]", "eval.max_tokens=136", "rollout.batch_size=5"]
+    assert cache(*replay) is None
+    longer = 2 * 5 * (64 + 136) * 4 * 4 * 8 * 4  # as above
+    assert cache(*replay, *evaluates) == cache(*evaluates) == longer
+
+
+def _allocated(function, path) -> int:
+    """Run `function` and return the most bytes that torch had allocated for it at a time."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        function()
+    profile.export_chrome_trace(str(path))
+    events = json.loads(path.read_text())["traceEvents"]
+    memories = [event["args"] for event in events if event["name"] == "[memory]"]
+    before = memories[0]["Total Allocated"] - memories[0]["Bytes"]
+    return max(event["Total Allocated"] for event in memories) - before
+
+
+@pytest.mark.parametrize("support", ["student_topk", "full", "sampled", "cross_entropy"])
+def test_the_loss_needs_what_the_table_says(home, support):
+    rows, hidden = 5120, 32  # rows need no padding, so that arithmetic and allocation can agree
+    for name in ("student", "teacher"):
+        network = qwen3(vocab_size=rows, hidden_size=hidden)
+        (home / name / "config.json").write_text(json.dumps(network))
+    overrides = [f"objective.support={support}", "objective.chunk_tokens=64"]
+    if support == "cross_entropy":
+        overrides[0] = "objective.support=sampled"
+        overrides += ["objective.divergence=cross_entropy", "teacher=null"]
+    config = load(*overrides)
+    batch = pack(make_rollouts([(3, 50)] * 3), microbatch_tokens=256)[0]
+
+    def model():
+        return torch.randn(len(batch.target_N), hidden), Head(torch.randn(rows, hidden), rows)
+
+    states, head = model()
+    head.weight_VH.requires_grad_()
+    teacher = HiddenScores(*model()) if config.teacher else None
+    objective = Objective(**config.objective.model_dump())
+    measured = _allocated(lambda: objective(states, head, batch, teacher), home / "trace.json")
+    table = memory.estimate(config, 1)["train"]
+    expected = table["logits of a chunk, float32"] + table["gradient of the head, float32"]
+    assert measured == pytest.approx(expected, rel=0.05)  # the rest has no dim of size V
+
+
+def _kept_for_backward(rank, hf, tp, sequence_parallel, recompute):
+    """Return the tokens of a forward, and the bytes that autograd keeps of it besides weights."""
+    parallel = mesh.initialize(tp, 1, sequence_parallel=sequence_parallel)
+    megatron = RECOMPUTE[recompute]
+    model = build_model(hf, parallel, dtype=torch.float32, megatron=megatron, seed=None).train()
+    batch = pack(make_rollouts([(20, 80)] * 2), microbatch_tokens=256, multiple=tp)[0]
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = tensor  # held, so that no other comes to live there
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward(model, batch)
+    return batch.token_T.numel(), sum(
+        tensor.untyped_storage().nbytes() for where, tensor in kept.items() if where not in weights
+    )
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_activations_are_what_autograd_keeps(home, family, tp, sequence_parallel, recompute):
+    network = qwen3(model_type=family, num_attention_heads=8, head_dim=16, hidden_size=128)
+    (home / "student" / "config.json").write_text(json.dumps(network))
+    tokens, kept = run_ranks(_kept_for_backward, tp, network, tp, sequence_parallel, recompute)[0]
+    config = load(
+        f"parallel={{tp: {tp}, sequence_parallel: {str(sequence_parallel).lower()}}}",
+        f"train={{microbatch_tokens: {tokens}, recompute: {recompute}}}",
+    )
+    estimate = memory.estimate(config, 1)["train"]["activations"]
+    # a CPU's norm keeps its input once more, normalised; and the last one belongs to no layer
+    norm = 128 // (tp if sequence_parallel else 1)
+    heads = (8 + 4) * 16 // tp if family == "qwen3" else 0
+    more = (4 * (2 * norm + heads) + 2 * norm) * tokens * 4
+    # what is left are a few numbers a token and head: reciprocal roots, log-sum-exps
+    assert estimate + more < kept < 1.025 * (estimate + more)
 
 
 @pytest.mark.parametrize(

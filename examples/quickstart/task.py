@@ -1,6 +1,6 @@
 """A task that a tiny model learns in a minute: column addition with the work shown.
 
-    347+85=   →   7+5=12,4+8+1=13,3+1=4;432
+    347+285=   →   7+5=12,4+8+1=13,3+2+1=6;632
 
 Columns are added from the right, each with its carry; then the sum is written out. One slip early
 in a response spoils everything after it, which is what on-policy distillation is about.
@@ -29,11 +29,11 @@ def question_and_answer(a: int, b: int) -> tuple[str, str]:
 
 
 def write_data(folder: Path, *, train: int, test: int, digits: int, seed: int) -> None:
-    """Write train.jsonl and test.jsonl, with no question in both."""
+    """Write train.jsonl and test.jsonl: sums of two numbers of `digits` digits, none in both."""
     folder.mkdir(parents=True, exist_ok=True)
     draw, seen, rows = random.Random(seed), set(), []
     while len(rows) < train + test:
-        pair = tuple(draw.randrange(10 ** draw.randint(1, digits)) for _ in range(2))
+        pair = tuple(draw.randrange(10 ** (digits - 1), 10**digits) for _ in range(2))
         if pair not in seen:
             seen.add(pair)
             prompt, response = question_and_answer(*pair)
