@@ -107,7 +107,6 @@ def _build(rollouts: list[Rollout], multiple: int) -> Microbatch:
         tokens.append(np.zeros(fill, np.int64))
         length_S = np.append(length_S, fill)
     start_S = length_S.cumsum() - length_S
-    sequences = range(len(rollouts))
     last_prompt_S = start_S[: len(rollouts)] + prompt_S - 1
     target_N = np.concatenate([np.array(r.response_ids, np.int64) for r in rollouts])
     logp_N = np.concatenate([np.array(r.logp, np.float32) for r in rollouts])
@@ -120,7 +119,6 @@ def _build(rollouts: list[Rollout], multiple: int) -> Microbatch:
         target_N=torch.from_numpy(target_N),
         weight_N=torch.ones(len(target_N)),
         rollout_logp_N=torch.from_numpy(logp_N),
-        sequence_N=torch.from_numpy(np.repeat(sequences, response_S)),
     )
 
 

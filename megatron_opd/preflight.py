@@ -92,7 +92,9 @@ def preflight(config: Config, world: int, *, dry_run: bool = False) -> Plan:
         ValueError: one line.
     """
     warnings = check(config, world, dry_run=dry_run)
-    prompts, held_out = build.load_data(config, _check_tokenizers(config))
+    tokenizer = _check_tokenizers(config)
+    prompts, held_out = build.load_data(config, tokenizer)
+    _check_spaces(tokenizer, prompts[0])
     steps = build.count_steps(config, len(prompts))
     if config.optimizer.warmup_steps >= steps:
         raise ValueError(
@@ -199,6 +201,15 @@ def _check_tokenizers(config: Config) -> Any:
             "tokenizer"
         )
     return student
+
+
+def _check_spaces(tokenizer: Any, prompt: Prompt) -> None:
+    """Refuse a tokenizer that transformers loads as another class, which drops every space."""
+    if " " in prompt.text.strip() and " " not in tokenizer.decode(prompt.token_ids).strip():
+        raise ValueError(
+            f"student.path: the tokenizer of '{tokenizer.name_or_path}' loses the spaces of "
+            f"{prompt.text[:40]!r}; check tokenizer_class in its tokenizer_config.json"
+        )
 
 
 def _load_tokenizer(name: str, path: str) -> Any:

@@ -36,6 +36,7 @@ def main(config: cfg.Config) -> None:
         scores = job.teacher.score(microbatches) if job.teacher else [None] * len(microbatches)
         clock.lap("score")
         metrics = train_step(job.student, microbatches, scores, job.objective)
+        del scores  # hidden states of every token: gone before the next rollout
         clock.lap("train")
         record = job.measure(metrics, rollouts, microbatches, clock.read())
         if job.evaluates_at(step):

@@ -55,7 +55,6 @@ class Microbatch:
     target_N: Tensor  # [N] int64
     weight_N: Tensor  # [N] fp32, the per-token factor w_t
     rollout_logp_N: Tensor  # [N] fp32, the engine's log p of the target
-    sequence_N: Tensor  # [N] int64, which sequence (0 … S-1) the target belongs to
 
     def to(self, device: torch.device) -> "Microbatch":
         """Return the same microbatch with every tensor on `device`."""

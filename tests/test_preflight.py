@@ -305,3 +305,14 @@ def test_resuming_goes_on_in_a_directory_that_exists(home):
     (home / "runs" / "one" / "metrics.jsonl").touch()
     assert refusal(load()).startswith("run.dir: 'runs/one' exists")
     assert check(load("run.resume=true"), world=1) == []
+
+
+def test_a_tokenizer_that_loses_spaces_is_refused(home):
+    (home / "prompts.jsonl").write_text('{"prompt": "Find the sum", "answer": "1"}\n' * 10)
+    assert preflight(load(), world=1).steps == 2
+    for name in ("student", "teacher"):
+        path = home / name / "tokenizer.json"
+        tokenizer = json.loads(path.read_text())
+        tokenizer["pre_tokenizer"] = {"type": "WhitespaceSplit"}
+        path.write_text(json.dumps(tokenizer))
+    assert "loses the spaces of '<|im_start|>user" in refusal(load())

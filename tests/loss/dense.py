@@ -83,7 +83,6 @@ def batch_of(problem: Problem) -> Microbatch:
         target_N=problem.target,
         weight_N=problem.token_weight,
         rollout_logp_N=problem.rollout_logp,
-        sequence_N=unused,
     )
 
 

@@ -39,5 +39,4 @@ def packed(sequences: list[torch.Tensor]) -> Microbatch:
         target_N=none.long(),
         weight_N=none,
         rollout_logp_N=none,
-        sequence_N=none.long(),
     )
