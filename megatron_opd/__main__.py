@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
             _run(config, world)
         elif rank == 0:
             _plan(config, options.ranks or world)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         if not _is_for_the_user(error):
             raise
         if rank > 0:
@@ -70,9 +70,12 @@ def _plan(config: Config, world: int) -> None:
     print(render(preflight(config, world, dry_run=True)))
 
 
-def _is_for_the_user(error: ValueError) -> bool:
+def _is_for_the_user(error: Exception) -> bool:
     """Say whether one of our `raise` statements did it: any other keeps its traceback."""
-    innermost = traceback.extract_tb(error.__traceback__)[-1]
+    cause = error.__cause__ or error  # what a rank found, before all ranks agreed on it
+    if isinstance(cause, OSError):
+        return True
+    innermost = traceback.extract_tb(cause.__traceback__)[-1]
     ours = Path(innermost.filename).is_relative_to(Path(__file__).parent)
     return ours and (innermost.line or "").startswith("raise")
 

@@ -1,13 +1,17 @@
 """Config → parts: tokenizer, prompts, student, teacher, engine, objective."""
 
+import json
+import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 from megatron_opd import config as cfg
+from megatron_opd.config_file import load_config
 from megatron_opd.data import encode_response, load_prompts
 from megatron_opd.loss import Objective
 from megatron_opd.metrics import RunLog
@@ -21,6 +25,7 @@ from megatron_opd.step import Student, make_student
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.types import Prompt, Reward
 
+log = logging.getLogger("megatron_opd")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 RECOMPUTE: dict[str, dict[str, Any]] = {  # train.recompute → Megatron's fields
     "none": {},
@@ -38,14 +43,21 @@ def load_tokenizer(path: str) -> Any:
     return AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 
-def stop_ids(config: cfg.Config, tokenizer: Any) -> tuple[int, ...]:
-    """Return the ids that end a response: the tokenizer's, generation_config's, and the config's.
+def stop_ids(folder: str, tokenizer: Any, more: Sequence[int] = ()) -> tuple[int, ...]:
+    """Return the ids that end a response: the tokenizer's, generation_config.json's, and `more`.
 
-    Base models end with one token and their chat templates with another: either must stop them.
+    Base models end with one token and their chat templates with another; their files often name
+    only one.
+
+    Raises:
+        ValueError: generation_config.json cannot be read.
     """
-    ids = {tokenizer.eos_token_id, *config.rollout.stop_token_ids}
-    if (Path(config.student.path) / "generation_config.json").exists():
-        listed = GenerationConfig.from_pretrained(config.student.path).eos_token_id
+    ids, path = {tokenizer.eos_token_id, *more}, Path(folder) / "generation_config.json"
+    if path.exists():
+        try:
+            listed = json.loads(path.read_text()).get("eos_token_id")
+        except (json.JSONDecodeError, AttributeError):
+            raise ValueError(f"'{path}': not a JSON object") from None
         ids.update(listed if isinstance(listed, list) else [listed])
     return tuple(sorted(ids - {None}))
 
@@ -70,7 +82,7 @@ def load_data(config: cfg.Config, tokenizer: Any) -> tuple[list[Prompt], list[Pr
 
 def count_steps(config: cfg.Config, prompts: int) -> int:
     """Return the number of updates: train.steps, or the full batches of train.epochs passes."""
-    return config.train.steps or prompts * config.train.epochs // config.train.prompts_per_step
+    return config.train.steps or prompts // config.train.prompts_per_step * config.train.epochs
 
 
 def samplings(config: cfg.Config, stops: tuple[int, ...]) -> tuple[Sampling, Sampling]:
@@ -119,8 +131,8 @@ def build_teacher(
     return MegatronTeacher(model, parallel, vocab_size=vocab_size, offload=config.teacher.offload)
 
 
-def build_writer(config: cfg.Config, student: Student) -> MegatronEngine:
-    """Build the engine that generates with the student itself."""
+def build_eval_engine(config: cfg.Config, student: Student) -> MegatronEngine:
+    """Build the engine that generates with the student itself: evaluation always does."""
     return MegatronEngine(
         student.model,
         student.parallel,
@@ -129,11 +141,11 @@ def build_writer(config: cfg.Config, student: Student) -> MegatronEngine:
     )
 
 
-def build_engine(config: cfg.Config, writer: RolloutEngine, tokenizer: Any) -> RolloutEngine:
-    """Return what writes the training responses: the student's `writer`, or the dataset."""
+def build_engine(config: cfg.Config, student: RolloutEngine, tokenizer: Any) -> RolloutEngine:
+    """Return what writes the training responses: the `student`, or the dataset."""
     if config.rollout.engine == "replay":
         return ReplayEngine(partial(encode_response, tokenizer))
-    return writer
+    return student
 
 
 def build_objective(config: cfg.Config) -> Objective:
@@ -149,14 +161,21 @@ def build_reward(config: cfg.Config) -> Reward:
 
 
 def open_log(config: cfg.Config, resume_step: int) -> RunLog:
-    """Open the run directory: the resolved config, metrics and their mirrors; rank 0 only."""
+    """Open the run directory: metrics, their mirrors, the resolved config; rank 0 only.
+
+    A resumed run says which keys are others than before: it goes on, but it is another run.
+    """
     folder = Path(config.run.dir)
     run_log = RunLog(
         folder,
         config.model_dump(mode="json"),
         tensorboard=config.run.tensorboard,
         wandb=config.run.wandb,
-        resume_step=resume_step,
+        resume_step=resume_step or -1,  # before the first checkpoint nothing has happened
     )
-    (folder / "config.yaml").write_text(cfg.to_yaml(config))
+    resolved = folder / "config.yaml"
+    if resolved.exists():
+        for line in cfg.differences(load_config([resolved]), config):
+            log.warning("resumed with another config: %s", line)
+    resolved.write_text(cfg.to_yaml(config))
     return run_log

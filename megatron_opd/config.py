@@ -1,4 +1,4 @@
-"""Every knob, typed and frozen, with its help sentence; the loader; the checks across sections.
+"""Every knob, typed and frozen, with its help sentence; the checks across sections.
 
 The sentence under a field is what `--help` prints for it. A value is checked exactly once, when the
 file is read: code that receives a section trusts it.
@@ -349,6 +349,20 @@ def sections() -> dict[str, type[Section]]:
             if isinstance(kind, type) and issubclass(kind, Section):
                 found[name] = kind
     return found
+
+
+def differences(one: Config, other: Config) -> Iterable[str]:
+    """Yield a line for every key with another value, but where to write and whether to resume."""
+    for section, kind in sections().items():
+        mine, theirs = (getattr(c, section) if section else c for c in (one, other))
+        if section == "run":
+            continue
+        for key in kind.model_fields:
+            if key in sections():
+                continue
+            values = [getattr(x, key, None) for x in (mine, theirs)]
+            if values[0] != values[1]:
+                yield f"{section}.{key} was {values[0]!r}, is {values[1]!r}".lstrip(".")
 
 
 def resolve(key: str, name: str, table: Mapping[str, Any]) -> Any:

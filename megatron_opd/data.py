@@ -1,5 +1,6 @@
 """Prompt files → chat template → tokens → a stream that resumes where it stopped."""
 
+import hashlib
 import json
 import logging
 import re
@@ -222,19 +223,20 @@ class PromptStream:
 
     def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool):
         self.prompts, self.seed, self.shuffle = prompts, seed, shuffle
-        self.epoch = 0  # passes completed
+        self.epoch = 0  # this pass
         self.position = 0  # prompts taken of this pass
 
     def take(self, n: int) -> list[Prompt]:
-        """Return the next n prompts; where a pass ends, the next one begins."""
-        taken: list[Prompt] = []
-        while len(taken) < n:
-            ahead = self._order()[self.position : self.position + n - len(taken)]
-            taken += [self.prompts[index] for index in ahead]
-            self.position += len(ahead)
-            if self.position == len(self.prompts):
-                self.epoch, self.position = self.epoch + 1, 0
-        return taken
+        """Return the next n prompts, of one pass: what is left of a pass and too few is skipped.
+
+        So the prompts of a step differ, and so do their random draws.
+        """
+        assert n <= len(self.prompts)
+        if self.position + n > len(self.prompts):
+            self.epoch, self.position = self.epoch + 1, 0
+        ahead = self._order()[self.position : self.position + n]
+        self.position += n
+        return [self.prompts[index] for index in ahead]
 
     def _order(self) -> np.ndarray:
         """Return this pass's order: a function of seed and epoch alone, so it need not be saved."""
@@ -242,15 +244,15 @@ class PromptStream:
             return np.arange(len(self.prompts))
         return np.random.default_rng((self.seed, self.epoch)).permutation(len(self.prompts))
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands, and what it streams over."""
         return {"epoch": self.epoch, "position": self.position, **self._identity()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken.
 
         Raises:
-            ValueError: seed, shuffling or the number of prompts is another one.
+            ValueError: seed, shuffling or the prompts are others.
         """
         for name, value in self._identity().items():
             if state[name] != value:
@@ -260,11 +262,13 @@ class PromptStream:
                 )
         self.epoch, self.position = state["epoch"], state["position"]
 
-    def _identity(self) -> dict[str, int]:
+    def _identity(self) -> dict[str, Any]:
+        tokens = repr([prompt.token_ids for prompt in self.prompts]).encode()
         return {
             "seed": self.seed,
-            "shuffle": int(self.shuffle),
+            "shuffle": self.shuffle,
             "number of prompts": len(self.prompts),
+            "hash of their tokens": hashlib.blake2b(tokens, digest_size=8).hexdigest(),
         }
 
 

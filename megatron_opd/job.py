@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_opd import build, checkpoint
 from megatron_opd import config as cfg
-from megatron_opd.data import PromptStream, vocab_size
+from megatron_opd.data import PromptStream
 from megatron_opd.evaluation import evaluate
 from megatron_opd.metrics import Metrics, RunLog, console_line
 from megatron_opd.model import save_hf
@@ -18,33 +18,38 @@ from megatron_opd.packing import needed_microbatches, pack
 from megatron_opd.parallel import Parallel
 from megatron_opd.preflight import preflight
 from megatron_opd.rollout import request_seed
+from megatron_opd.teacher import Teacher
 from megatron_opd.types import Microbatch, Rollout
 
 log = logging.getLogger("megatron_opd")
 
 
 class Job:
-    """Student, teacher, engine, data and files of one run. Every method is collective."""
+    """Student, teacher, engine, data and files of one run; every rank calls every method."""
 
     def __init__(self, config: cfg.Config, parallel: Parallel):
         self.config, self.parallel = config, parallel
         self.folder = Path(config.run.dir)
-        self.tokenizer = build.load_tokenizer(config.student.path)
         plan = parallel.owner(lambda: preflight(config, parallel.world))
-        self.steps, self.held_out = plan.steps, plan.held_out
+        self.steps, self.held_out, self.tokenizer = plan.steps, plan.held_out, plan.tokenizer
         self.stream = PromptStream(plan.prompts, config.seed, config.data.shuffle)
         self.run_log: RunLog | None = None
-        size, stops = vocab_size(self.tokenizer), build.stop_ids(config, self.tokenizer)
+        size = plan.vocab_size
         self.student = build.build_student(config, parallel, vocab_size=size, steps=self.steps)
-        self.teacher = build.build_teacher(config, parallel, vocab_size=size)
+        self.teacher: Teacher | None = build.build_teacher(config, parallel, vocab_size=size)
         self.objective = build.build_objective(config)
-        self.writer = build.build_writer(config, self.student)  # answers evaluation prompts
-        self.engine = build.build_engine(config, self.writer, self.tokenizer)
-        self.sampling, self.eval_sampling = build.samplings(config, stops)
+        self.eval_engine = build.build_eval_engine(config, self.student)
+        self.engine = build.build_engine(config, self.eval_engine, self.tokenizer)
+        self.sampling, self.eval_sampling = build.samplings(config, plan.stop_ids)
         self.reward = build.build_reward(config)
 
     def restore(self) -> int:
-        """Open the log, at the newest checkpoint when resuming; return the last finished step."""
+        """Open the log, at the newest checkpoint when resuming; return the last finished step.
+
+        Raises:
+            ValueError: the data are others than the checkpoint's, or the export at the end would
+                meet one that exists.
+        """
         newest, step = None, 0
         if self.config.run.resume:
             newest = checkpoint.latest(self.folder / "checkpoints", self.parallel)
@@ -52,10 +57,23 @@ class Job:
             state = checkpoint.load(newest, self.student)
             self.stream.load_state_dict(state["stream"])
             step = state["step"]
-        elif self.config.run.resume and self.parallel.is_main:
-            log.warning("run.resume: no checkpoint in '%s'; starting from step 1", self.folder)
+        self.parallel.main_only(lambda: self._check_export(step))
         self.run_log = self.parallel.main_only(lambda: build.open_log(self.config, step))
+        if self.config.run.resume and newest is None and self.parallel.is_main:
+            log.warning("run.resume: no checkpoint in '%s'; starting from step 1", self.folder)
         return step
+
+    def _check_export(self, step: int) -> None:
+        if self.config.run.export and self.exported.exists() and step < self.steps:
+            raise ValueError(
+                f"run.export: '{self.exported}' exists, and step {step} is where this run goes on; "
+                "remove it, or set run.export=false"
+            )
+
+    @property
+    def exported(self) -> Path:
+        """Where the student goes at the end."""
+        return self.folder / "hf" / f"step_{self.steps:06d}"
 
     def generate(self, step: int) -> list[Rollout]:
         """Write this replica's responses to its share of the step's prompts."""
@@ -117,7 +135,7 @@ class Job:
     def evaluate(self) -> dict[str, float]:
         """Measure the student on the held-out prompts."""
         return evaluate(
-            self.writer,
+            self.eval_engine,
             self.held_out,
             self.reward,
             n=self.config.eval.n,
@@ -170,11 +188,11 @@ class Job:
         checkpoint.save(folder, self.student, state, keep=self.config.run.keep)
 
     def export(self) -> None:
-        """Write the student as a Hugging Face directory."""
-        folder = self.folder / "hf" / f"step_{self.steps:06d}"
-        save_hf(self.student.model, self.config.student.path, folder, self.parallel)
+        """Write the student as a Hugging Face directory, unless a finished run has."""
+        if not self.parallel.owner(self.exported.exists):
+            save_hf(self.student.model, self.config.student.path, self.exported, self.parallel)
         if self.parallel.is_main:
-            log.info("exported %s", folder)
+            log.info("exported %s", self.exported)
 
     def close(self) -> None:
         """Flush and close the log and its mirrors."""

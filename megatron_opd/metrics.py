@@ -4,8 +4,10 @@ Names are `group/name_unit`. A mean is a total and a count that meet only after 
 token weighs the same on whatever rank and in whatever microbatch it was.
 """
 
+import importlib.util
 import json
 import logging
+import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -85,6 +87,21 @@ def _all_reduce(numbers: list[Tensor], op: Any, group: Any, device: torch.device
     return stacked.tolist()
 
 
+def check_mirrors(*, tensorboard: bool, wandb: str | None) -> None:
+    """Raise `ValueError` when a mirror that is asked for cannot work here."""
+    for asked, key, package in (
+        (tensorboard, "run.tensorboard", "tensorboard"),
+        (wandb is not None, "run.wandb", "wandb"),
+    ):
+        if asked and importlib.util.find_spec(package) is None:
+            raise ValueError(f"{key}: the package is missing; pip install {package}")
+    if wandb is not None and os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb as client
+
+        if not client.login(prompt=False):
+            raise ValueError("run.wandb: no login; run `wandb login`, or set WANDB_MODE=offline")
+
+
 class RunLog:
     """metrics.jsonl, log.txt and the mirrors of one run; rank 0 alone has one.
 
@@ -145,12 +162,8 @@ def _forget_after(path: Path, step: int | None) -> None:
 
 class _TensorBoard:
     def __init__(self, folder: Path, resume_step: int | None):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ValueError(
-                "run.tensorboard: got true, but the package is missing; pip install tensorboard"
-            ) from None
+        from torch.utils.tensorboard import SummaryWriter
+
         purge = None if resume_step is None else resume_step + 1
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
@@ -167,12 +180,8 @@ class _Wandb:
     """A resumed run goes on in the same W&B run; its x axis is our step, not W&B's counter."""
 
     def __init__(self, folder: Path, project: str, config: dict[str, Any]):
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError(
-                f"run.wandb: got '{project}', but the package is missing; pip install wandb"
-            ) from None
+        import wandb
+
         identity = folder / "wandb_id.txt"
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex)

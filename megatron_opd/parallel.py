@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -65,7 +65,9 @@ class Parallel:
 
     def owner(self, function: Callable[[], T]) -> T:
         """Run `function` on rank 0 alone and return its value, or raise its error, everywhere."""
-        return self.agree(function, ranks=(0,))[0]
+        box = [self.main_only(function)]
+        dist.broadcast_object_list(box, src=0)
+        return cast(T, box[0])
 
     def main_only(self, function: Callable[[], T]) -> T | None:
         """Run `function` on rank 0 and keep its value there; raise its error everywhere."""
@@ -79,17 +81,17 @@ class Parallel:
         If any rank raises `ValueError` or `OSError`, every rank raises one `ValueError` with the
         first such message: an error is never known to one rank while the others wait for it.
         """
-        value, error = None, None
+        value, problem = None, None
         if ranks is None or self.rank in ranks:
             try:
                 value = function()
-            except (ValueError, OSError) as problem:
-                error = str(problem)
+            except (ValueError, OSError) as error:
+                problem = error
         seen: list[Any] = [None] * self.world
-        dist.all_gather_object(seen, (value, error))
+        dist.all_gather_object(seen, (value, None if problem is None else str(problem)))
         for _, message in seen:
             if message is not None:
-                raise ValueError(message)
+                raise ValueError(message) from problem
         return [value for value, _ in seen]
 
 

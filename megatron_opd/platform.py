@@ -88,6 +88,8 @@ def quiet_imports() -> None:
         # torch 2.13 on every load of a distributed checkpoint
         r"`load_state_dict` is deprecated and will be removed",
         r"Please use DTensor instead and we are deprecating ShardedTensor",
+        # said of selective recomputation, which is asked for by name here
+        r"If you are using transformer_engine as the transformer implementation",
         # fp32 shards in DistributedOptimizer
         r"The \.grad attribute of a Tensor that is not a leaf",
         r"When using (sequence parallelism|async grad allreduce) it is recommended to set .* CUDA_",

@@ -4,7 +4,6 @@
 worth doing once: tokenizers, prompts, and the arithmetic of batches and memory.
 """
 
-import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 from megatron_opd import build, memory, platform
 from megatron_opd.config import Config, cautions
 from megatron_opd.data import same_tokenizer, vocab_size
+from megatron_opd.metrics import check_mirrors
 from megatron_opd.model import architecture
 from megatron_opd.model import check_layout as check_network_layout
 from megatron_opd.model.transformer import transformer_config
@@ -29,6 +29,9 @@ class Plan:
     world: int
     dp: int
     steps: int
+    tokenizer: Any  # the student's
+    vocab_size: int  # ids that it uses: what is sampled and compared
+    stop_ids: tuple[int, ...]
     prompts: list[Prompt]
     held_out: list[Prompt]  # for evaluation
     warnings: list[str]
@@ -101,8 +104,18 @@ def preflight(config: Config, world: int, *, dry_run: bool = False) -> Plan:
             f"optimizer.warmup_steps: got {config.optimizer.warmup_steps}, expected fewer than the "
             f"{steps} steps of this run"
         )
-    dp = check_layout(world, config.parallel.tp, config.parallel.pp)
-    return Plan(config, world, dp, steps, prompts, held_out, warnings)
+    return Plan(
+        config=config,
+        world=world,
+        dp=check_layout(world, config.parallel.tp, config.parallel.pp),
+        steps=steps,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size(tokenizer),
+        stop_ids=_check_stop_ids(config, tokenizer, warnings),
+        prompts=prompts,
+        held_out=held_out,
+        warnings=warnings,
+    )
 
 
 def _models(config: Config) -> dict[str, str]:
@@ -128,12 +141,7 @@ def _check_run(config: Config) -> None:
         )
     if config.run.resume and not exists:
         raise ValueError(f"run.resume: there is no run in '{folder}' to resume; check run.dir")
-    for asked, key, package in (
-        (config.run.tensorboard, "run.tensorboard", "tensorboard"),
-        (config.run.wandb is not None, "run.wandb", "wandb"),
-    ):
-        if asked and importlib.util.find_spec(package) is None:
-            raise ValueError(f"{key}: the package is missing; pip install {package}")
+    check_mirrors(tensorboard=config.run.tensorboard, wandb=config.run.wandb)
 
 
 def _obstacles(config: Config) -> Iterator[str]:
@@ -201,6 +209,29 @@ def _check_tokenizers(config: Config) -> Any:
             "tokenizer"
         )
     return student
+
+
+def _check_stop_ids(config: Config, tokenizer: Any, warnings: list[str]) -> tuple[int, ...]:
+    """Return the ids that end a response, after checking that there are any."""
+    stops = build.stop_ids(config.student.path, tokenizer, config.rollout.stop_token_ids)
+    if config.rollout.engine == "replay" and tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"student.path: the tokenizer of '{config.student.path}' has no eos_token, with which "
+            "the responses of a dataset end"
+        )
+    if not stops:
+        raise ValueError(
+            f"student.path: neither the tokenizer nor generation_config.json of "
+            f"'{config.student.path}' says what ends a response; set rollout.stop_token_ids"
+        )
+    if config.teacher is not None:
+        theirs = set(build.stop_ids(config.teacher.path, tokenizer)) - set(stops)
+        if theirs:
+            warnings.append(
+                f"teacher.path: it may end a response with {sorted(theirs)}, where the student "
+                "goes on; add them to rollout.stop_token_ids"
+            )
+    return stops
 
 
 def _check_spaces(tokenizer: Any, prompt: Prompt) -> None:

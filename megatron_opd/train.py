@@ -1,6 +1,7 @@
 """The loop: generate, pack, score, step, log, save. Everything else is a part that it is given."""
 
 import time
+from contextlib import closing
 
 import torch
 
@@ -23,31 +24,30 @@ def main(config: cfg.Config) -> None:
         seed=config.seed,
         timeout_minutes=config.parallel.timeout_minutes,
     )
-    job = Job(config, parallel)
-    start = job.restore()
-    if job.evaluates_at(start) and start == 0:
-        job.log(0, job.evaluate())
-    for step in range(start + 1, job.steps + 1):
-        clock = Clock()
-        job.engine.sync()  # first, so that a resumed run never samples with stale weights
-        rollouts = job.generate(step)
-        clock.lap("rollout")
-        microbatches = job.pack(rollouts)
-        scores = job.teacher.score(microbatches) if job.teacher else [None] * len(microbatches)
-        clock.lap("score")
-        metrics = train_step(job.student, microbatches, scores, job.objective)
-        del scores  # hidden states of every token: gone before the next rollout
-        clock.lap("train")
-        record = job.measure(metrics, rollouts, microbatches, clock.read())
-        if job.evaluates_at(step):
-            record |= job.evaluate()
-        job.log(step, record)
-        job.save_rollouts(step, rollouts)
-        if job.saves_at(step):
-            job.save(step)
-    if config.run.export:
-        job.export()
-    job.close()
+    with closing(Job(config, parallel)) as job:
+        start = job.restore()
+        if job.evaluates_at(start) and start == 0:
+            job.log(0, job.evaluate())
+        for step in range(start + 1, job.steps + 1):
+            clock = Clock()
+            job.engine.sync()  # first, so that a resumed run never samples with stale weights
+            rollouts = job.generate(step)
+            clock.lap("rollout")
+            microbatches = job.pack(rollouts)
+            scores = job.teacher.score(microbatches) if job.teacher else [None] * len(microbatches)
+            clock.lap("score")
+            metrics = train_step(job.student, microbatches, scores, job.objective)
+            del scores  # hidden states of every token: gone before the next rollout
+            clock.lap("train")
+            record = job.measure(metrics, rollouts, microbatches, clock.read())
+            if job.evaluates_at(step):
+                record |= job.evaluate()
+            job.log(step, record)
+            job.save_rollouts(step, rollouts)
+            if job.saves_at(step):
+                job.save(step)
+        if config.run.export:
+            job.export()
     mesh.shutdown()
 
 

@@ -3,6 +3,7 @@
 A quarter of a second to four gloo ranks, against ten for torchrun. Real gloo, real Megatron groups.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -32,6 +33,9 @@ def run_ranks(function, world: int, *args, timeout: float = 120.0) -> list:
             _child(function, rank, world, args, folder)
         children.append(child)
     failed = _wait(children, timeout)
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):  # what a rank left behind
+            os.killpg(child, signal.SIGKILL)
     try:
         if failed:
             traces = [path.read_text() for path in sorted(folder.glob("error_*"))]

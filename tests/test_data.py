@@ -1,6 +1,7 @@
 import json
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -194,29 +195,28 @@ def numbered(count):
 
 
 @given(
-    size=st.integers(1, 9),
-    takes=st.lists(st.integers(0, 12), max_size=6),
+    takes=st.lists(st.integers(1, 7), max_size=6),
     cut=st.integers(0, 6),
     shuffle=st.booleans(),
 )
-def test_a_resumed_stream_continues_exactly(size, takes, cut, shuffle):
-    prompts = numbered(size)
+def test_a_resumed_stream_continues_exactly(takes, cut, shuffle):
+    prompts = numbered(7)
     whole = PromptStream(prompts, seed=3, shuffle=shuffle)
     expected = [whole.take(n) for n in takes]
     first, second = (PromptStream(prompts, seed=3, shuffle=shuffle) for _ in range(2))
     seen = [first.take(n) for n in takes[:cut]]
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert seen + [second.take(n) for n in takes[cut:]] == expected
-    assert (second.epoch, second.position) == divmod(sum(takes), size)
 
 
-@given(size=st.integers(2, 9), shuffle=st.booleans())
-def test_every_epoch_has_every_prompt_once(size, shuffle):
+@given(size=st.integers(2, 9), step=st.integers(1, 9), shuffle=st.booleans())
+def test_a_pass_has_no_prompt_twice_and_leaves_out_less_than_a_step(size, step, shuffle):
+    step = min(step, size)
     stream = PromptStream(numbered(size), seed=0, shuffle=shuffle)
     for epoch in range(3):
+        drawn = [p.index for _ in range(size // step) for p in stream.take(step)]
         assert stream.epoch == epoch
-        drawn = [p.index for p in stream.take(size)]
-        assert sorted(drawn) == list(range(size))
+        assert len(set(drawn)) == len(drawn) > size - step
         assert shuffle or drawn == sorted(drawn)
 
 
@@ -235,6 +235,9 @@ def test_a_stream_over_other_data_is_refused():
         PromptStream(numbered(6), seed=0, shuffle=False).load_state_dict(state)
     with pytest.raises(ValueError, match="seed is 1"):
         PromptStream(numbered(5), seed=1, shuffle=False).load_state_dict(state)
+    others = [replace(prompt, token_ids=(9, 9)) for prompt in numbered(5)]
+    with pytest.raises(ValueError, match="hash of their tokens is"):
+        PromptStream(others, seed=0, shuffle=False).load_state_dict(state)
 
 
 def test_tokenizers_are_compared_id_by_id(tmp_path, caplog):

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_opd.metrics import Metrics, RunLog, console_line
+from megatron_opd.metrics import Metrics, RunLog, check_mirrors, console_line
 from tests.distributed import run_ranks
 
 CPU = torch.device("cpu")
@@ -128,14 +128,25 @@ def test_wandb_offline_writes_a_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "module", "line"),
     [
-        ({"wandb": "opd"}, "wandb", "run.wandb: got 'opd', .* pip install wandb"),
-        ({"tensorboard": True}, "torch.utils.tensorboard", "pip install tensorboard"),
+        ({"tensorboard": False, "wandb": "opd"}, "wandb", "run.wandb: .* pip install wandb"),
+        ({"tensorboard": True, "wandb": None}, "tensorboard", "pip install tensorboard"),
     ],
 )
-def test_a_missing_mirror_is_one_line(tmp_path, monkeypatch, options, module, line):
-    monkeypatch.setitem(sys.modules, module, None)  # import raises ImportError
+def test_a_missing_mirror_is_one_line(monkeypatch, options, module, line):
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setattr(sys, "path", [])  # nothing can be found
     with pytest.raises(ValueError, match=line):
-        RunLog(tmp_path, {}, **options)
+        check_mirrors(**options)
+
+
+def test_wandb_without_a_login_is_one_line(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(ValueError, match=r"run.wandb: no login; run `wandb login`"):
+        check_mirrors(tensorboard=False, wandb="opd")
 
 
 def test_wandb_is_not_imported_unless_asked(tmp_path):

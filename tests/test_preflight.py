@@ -45,7 +45,7 @@ def test_the_plan_counts_steps_sequences_and_tokens(home):
     template = len(train_tokenizer(home / "again")("<|im_start|>user\n<|im_end|>\n").input_ids)
     template += len("assistant\n") + 1
     assert plan.longest_prompt == template + 10
-    assert (plan.dp, plan.steps) == (2, 7)  # 3 × 10 // 4
+    assert (plan.dp, plan.steps) == (2, 6)  # 3 passes of 10 // 4
     assert plan.sequences_per_replica == 4  # 4 prompts / 2 replicas × 2 responses
     assert plan.tokens_per_step == 8 * (plan.longest_prompt + 36)
     assert plan.microbatches == 4 // (128 // (plan.longest_prompt + 36))

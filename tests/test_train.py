@@ -137,8 +137,28 @@ def test_a_killed_run_resumes_bit_by_bit(home, layout):
 def test_resuming_a_finished_run_changes_nothing_but_the_clock(home):
     run(1)
     before = records(Path("runs/one"))
-    run(1, "run.resume=true", "run.export=false")
+    run(1, "run.resume=true")
     assert records(Path("runs/one")) == before
+
+
+def test_resuming_before_the_first_checkpoint_starts_again(home):
+    run(1, "run.save_every=0", "train.steps=3", "run.export=false")
+    before = records(Path("runs/one"))
+    run(1, "run.save_every=0", "train.steps=3", "run.resume=true")
+    assert records(Path("runs/one")) == before
+    assert (
+        "no checkpoint in 'runs/one'; starting from step 1" in Path("runs/one/log.txt").read_text()
+    )
+    with pytest.raises(RuntimeError, match=r"run.export: 'runs/one/hf/step_000003' exists"):
+        run(1, "run.save_every=0", "train.steps=3", "run.resume=true")
+
+
+def test_a_resumed_run_says_what_is_another_than_before(home):
+    run(1, "train.steps=3")
+    run(1, "train.steps=4", "rollout.n=1", "run.resume=true", "run.save_every=0")
+    text = Path("runs/one/log.txt").read_text()
+    assert "resumed with another config: rollout.n was 2, is 1" in text
+    assert "resumed with another config: train.steps was 3, is 4" in text
 
 
 def test_replay_is_supervised_training(home):

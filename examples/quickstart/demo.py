@@ -17,6 +17,7 @@ from pathlib import Path
 
 from task import write_data, write_model
 
+from megatron_opd.config_file import load_config
 from megatron_opd.plots import plot_dynamics, read_metrics
 
 HERE = Path(__file__).parent
@@ -36,6 +37,11 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args()
     seeds, overrides = _seeds(options.seeds, options.overrides)
+    try:
+        check(overrides)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if ROOT.exists():
         say(f"replacing {ROOT}")
         shutil.rmtree(ROOT)
@@ -53,6 +59,14 @@ def _seeds(listed: list[int] | None, overrides: list[str]) -> tuple[list[int], l
     """Let `seed=3` mean `--seeds 3`: it belongs to all stages."""
     named = [int(word.removeprefix("seed=")) for word in overrides if word.startswith("seed=")]
     return listed or named[-1:] or [0], [w for w in overrides if not w.startswith("seed=")]
+
+
+def check(overrides: list[str]) -> None:
+    """Find what is wrong with the overrides before anything is replaced or trained."""
+    load_config([HERE / "distill.yaml"], overrides)
+    for word in overrides:
+        if word.startswith(("student.", "teacher.path", "data.prompts", "eval.", "run.")):
+            raise ValueError(f"'{word}': the demo sets this itself; run distill.yaml alone")
 
 
 def say(text: str) -> None:

@@ -14,13 +14,20 @@ from megatron_opd.model.config import (  # noqa: E402
 )
 from megatron_opd.model.gpt import HiddenGPT, enter_head, forward  # noqa: E402
 from megatron_opd.model.transformer import transformer_config  # noqa: E402
-from megatron_opd.model.weights import export_hf, init_random, load_hf, save_hf  # noqa: E402
+from megatron_opd.model.weights import (  # noqa: E402
+    check_files,
+    export_hf,
+    init_random,
+    load_hf,
+    save_hf,
+)
 
 __all__ = [
     "Architecture",
     "HiddenGPT",
     "architecture",
     "build_model",
+    "check_files",
     "check_layout",
     "enter_head",
     "export_hf",

@@ -1,10 +1,12 @@
 """One call from a Hugging Face configuration to this rank's part of a Megatron model."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from megatron_opd import platform
 from megatron_opd.model import config as hf_config
 from megatron_opd.model.config import HFConfig
 from megatron_opd.model.gpt import HiddenGPT
@@ -12,6 +14,8 @@ from megatron_opd.model.spec import block_spec
 from megatron_opd.model.transformer import transformer_config
 from megatron_opd.model.weights import init_random
 from megatron_opd.parallel import Parallel
+
+log = logging.getLogger("megatron_opd")
 
 
 def build_model(
@@ -29,7 +33,7 @@ def build_model(
     Args:
         padded_vocab: rows of the vocabulary tables over all ranks; default: the checkpoint's rows
             rounded up to a multiple of 128 × tp.
-        megatron: fields of `TransformerConfig` to set.
+        megatron: fields of `TransformerConfig` to set; see `check_overrides`.
         trainable: False freezes every parameter and switches to evaluation mode.
         seed: of the random weights, the same at every layout; None leaves them unset (`load_hf`
             sets all of them, and a large model takes a while to draw).
@@ -46,6 +50,17 @@ def build_model(
         pp=parallel.pp,
         sequence_parallel=parallel.sequence_parallel,
     )
+    if (
+        parallel.is_main
+        and platform.has_transformer_engine()
+        and config.transformer_impl == "local"
+    ):
+        log.warning(
+            "model: Transformer Engine attends in 16-bit types and heads of a multiple of 8, got "
+            "%s and %d; the slower portable layers take its place",
+            dtype,
+            arch.head_dim,
+        )
     model = HiddenGPT(
         config=config,
         transformer_layer_spec=block_spec(config),

@@ -94,11 +94,19 @@ def read_config(hf: HFConfig) -> dict[str, Any]:
     """
     if isinstance(hf, Mapping):
         return dict(hf)
-    path = _path(hf)
+    return read_json(_path(hf), "a Hugging Face config.json")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Return the JSON object in a file that is expected to be `what`.
+
+    Raises:
+        ValueError: the file is missing or is not a JSON object.
+    """
     try:
         parsed = json.loads(path.read_text())
     except (OSError, ValueError) as problem:
-        raise ValueError(f"{path}: expected a Hugging Face config.json, got: {problem}") from None
+        raise ValueError(f"{path}: expected {what}, got: {problem}") from None
     if not isinstance(parsed, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(parsed).__name__}")
     return parsed

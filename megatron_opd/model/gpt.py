@@ -11,9 +11,9 @@ from typing import Any
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
 
-from megatron_opd import platform
 from megatron_opd.model.config import Architecture
 from megatron_opd.parallel import Parallel
 from megatron_opd.types import Head, Microbatch
@@ -23,6 +23,15 @@ class HiddenGPT(GPTModel):
     """Megatron's GPT returning hidden states `[L, B, H]`, final norm applied on the last stage."""
 
     architecture: Architecture
+
+    def _set_attention_backend(self) -> None:
+        """Set Transformer Engine's environment variables only for a backend that was asked for.
+
+        They belong to the process: where the student has chosen one, Megatron's own `auto` of the
+        teacher asserts that nobody did.
+        """
+        if self.config.attention_backend != AttnBackend.auto:
+            super()._set_attention_backend()
 
     def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         return hidden_states
@@ -46,8 +55,8 @@ def forward(model: Any, microbatch: Microbatch) -> Tensor:
         not config.sequence_parallel
         or microbatch.token_T.numel() % config.tensor_model_parallel_size == 0
     ), "sequence parallelism needs a packed length divisible by tp"
-    # The portable spec reads the boundaries on the host, in every layer: one copy here instead.
-    on_host = not platform.has_transformer_engine()
+    # The portable layers read the boundaries on the host, each of them: one copy here instead.
+    on_host = config.transformer_impl == "local"
     bounds = microbatch.cu_seqlens.cpu() if on_host else microbatch.cu_seqlens
     packed = PackedSeqParams(
         qkv_format="thd",

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_opd.model.config import DTYPES, HFConfig
+from megatron_opd.model.config import DTYPES, HFConfig, read_config, read_json
 from megatron_opd.model.hf_map import Shape
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -36,7 +36,8 @@ class TensorFiles:
         """Open every file.
 
         Raises:
-            ValueError: no safetensors, an unreadable file, or one that the index names is absent.
+            ValueError: no safetensors, a file or an index that cannot be read or is cut off, or a
+                file that the index names is absent.
         """
         self.folder = Path(folder)
         self.bytes_read = 0
@@ -55,7 +56,11 @@ class TensorFiles:
             raise ValueError(f"{self.folder}: has neither {single.name} nor {index.name}")
         if not index.exists():
             return [single]
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        file_of = read_json(index, "an index of safetensors").get("weight_map")
+        named = isinstance(file_of, dict) and all(isinstance(x, str) for x in file_of.values())
+        if not named or not file_of:
+            raise ValueError(f"{index}: has no weight_map, expected one from tensor to file names")
+        files = sorted(set(file_of.values()))
         absent = [name for name in files if not (self.folder / name).exists()]
         if absent:
             raise ValueError(f"{index}: names files that are missing: {_some(absent)}")
@@ -183,18 +188,45 @@ def fresh_folder(draft: Path, final: Path) -> None:
     draft.mkdir(parents=True)
 
 
-def write_config(config: Mapping[str, Any], folder: Path, dtype: torch.dtype) -> None:
-    """Write `config.json` with the dtype that the weights have, under the key it uses."""
+def write_description(
+    source: HFConfig, folder: Path, dtype: torch.dtype, stop_ids: tuple[int, ...] = ()
+) -> None:
+    """Write all of a Hugging Face folder but the weights.
+
+    `config.json` gets the dtype that the weights have, under the key it uses. If `source` is a
+    folder, its generation defaults and tokenizer come along. A generation by these defaults ends
+    with any of `stop_ids` too.
+
+    Raises:
+        ValueError: a file of `source` cannot be read.
+    """
+    config = read_config(source)
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    text = json.dumps({**config, key: _NAMES[dtype]}, indent=2)
-    (folder / "config.json").write_text(text + "\n")
+    _write_json(folder / "config.json", {**config, key: _NAMES[dtype]})
+    if not isinstance(source, Mapping):
+        _copy_companions(Path(source), folder)
+    if stop_ids:
+        _add_stops(folder / "generation_config.json", config, stop_ids)
 
 
-def copy_companions(source: HFConfig, folder: Path) -> None:
-    """Copy generation defaults and tokenizer files, when `source` is a folder."""
-    if isinstance(source, Mapping):
-        return
+def _copy_companions(source: Path, folder: Path) -> None:
     for pattern in COMPANIONS:
-        for file in Path(source).glob(pattern):
+        for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
+
+
+def _add_stops(file: Path, config: Mapping[str, Any], stop_ids: tuple[int, ...]) -> None:
+    """Add to the ids that end a generation; without the file, `config.json` has held them."""
+    if file.exists():
+        defaults = read_json(file, "generation defaults")
+    else:
+        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+        defaults = {key: config[key] for key in keys if config.get(key) is not None}
+    known = defaults.get("eos_token_id")
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    _write_json(file, {**defaults, "eos_token_id": sorted({*known, *stop_ids})})
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")

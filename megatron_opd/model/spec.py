@@ -1,4 +1,4 @@
-"""Layer specs: Transformer Engine's where it runs, else Megatron's local one made device-neutral.
+"""Layer specs: Transformer Engine's where it fits, else Megatron's local one made device-neutral.
 
 Two modules of the local spec are replaced: its norm refuses sequence parallelism without Apex, and
 its attention knows no packing. Both are plain PyTorch here and run on CPU and CUDA alike.
@@ -22,8 +22,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-
-from megatron_opd import platform
 
 
 class RMSNorm(nn.Module):
@@ -108,8 +106,8 @@ class CausalAttention(MegatronModule):
 
 
 def block_spec(config: TransformerConfig) -> Any:
-    """Return the decoder block's spec for this rank's pipeline stage and this machine."""
-    if platform.has_transformer_engine():
+    """Return the decoder block's spec for this rank's pipeline stage."""
+    if config.transformer_impl == "transformer_engine":
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
     local: TransformerBlockSubmodules = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization

@@ -1,6 +1,11 @@
 """A model's weights in Megatron's `torch_dist` format: saved at one layout, loaded at any other."""
 
+import ctypes
 import multiprocessing
+import os
+import signal
+import sys
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +15,13 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from megatron_opd.model.config import HFConfig, read_config
+from megatron_opd.model.config import HFConfig
 from megatron_opd.model.gpt import HiddenGPT
-from megatron_opd.model.hf_files import copy_companions, fresh_folder, write_config
+from megatron_opd.model.hf_files import fresh_folder, write_description
 from megatron_opd.parallel import Parallel
 
 HF = "hf"  # subfolder with config.json, generation defaults and tokenizer
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def sharded_weights(model: HiddenGPT) -> dict[str, Any]:
@@ -31,10 +37,36 @@ def sharded_weights(model: HiddenGPT) -> dict[str, Any]:
 def fork_checkpoint_writer() -> None:
     """Let Megatron's checkpoint writer fork its queue instead of spawning it, without CUDA.
 
-    filesystem_async.py:54 spawns a Manager, which re-imports `__main__`: 2-4 s on every rank.
+    filesystem_async.py:54 spawns a Manager, which re-imports `__main__`: 2-4 s on every rank. A
+    forked one also holds all that its rank held, so on Linux it does not outlive a killed rank.
     """
-    if not torch.cuda.is_available() and filesystem_async._results_queue is None:
-        filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
+    if torch.cuda.is_available() or filesystem_async._results_queue is not None:
+        return
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    if sys.platform == "linux":
+        manager.start(_die_with, (os.getpid(),))
+    else:
+        manager.start()
+    filesystem_async._results_queue = manager.Queue()
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when the thread that forked it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the call
+        os._exit(1)
+
+
+def write_companions(
+    source: HFConfig, folder: Path, dtype: torch.dtype, stop_ids: tuple[int, ...] = ()
+) -> None:
+    """Write `folder/hf`: what turns the weights in `folder` back into a Hugging Face checkpoint.
+
+    Raises:
+        ValueError: a file of `source` cannot be read.
+    """
+    (folder / HF).mkdir()
+    write_description(source, folder / HF, dtype, stop_ids)
 
 
 def save_megatron(
@@ -52,16 +84,16 @@ def save_megatron(
     dist_checkpointing.save(sharded_weights(model), str(draft))
 
     def publish() -> None:
-        (draft / HF).mkdir()
-        write_config(read_config(source), draft / HF, model.config.params_dtype)
-        copy_companions(source, draft / HF)
+        write_companions(source, draft, model.config.params_dtype)
         draft.rename(final)
 
     parallel.owner(publish)
 
 
 def load_megatron(model: HiddenGPT, folder: str | Path, parallel: Parallel) -> None:
-    """Load what `save_megatron` wrote, at any layout; collective.
+    """Load what `save_megatron` or a training run wrote, at any layout; collective.
+
+    What else is stored there, such as the state of an optimiser, is left alone.
 
     Raises:
         ValueError: `folder` is not such a checkpoint, or is one of another model.

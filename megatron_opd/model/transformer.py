@@ -1,9 +1,7 @@
 """`Architecture` + layout + the user's `megatron:` section → Megatron's `TransformerConfig`."""
 
-import dataclasses
-import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +10,21 @@ from torch import Tensor
 
 from megatron_opd import platform
 from megatron_opd.model.config import Architecture
+from megatron_opd.model.overrides import check_overrides
 
-_ABSENT = {
-    "context_parallel_size": "context parallelism is not supported",
-    "virtual_pipeline_model_parallel_size": "virtual pipeline stages are not supported",
-    "expert_model_parallel_size": "mixture-of-experts models are not supported",
-    "num_moe_experts": "mixture-of-experts models are not supported",
-    "pipeline_model_parallel_layout": "layers are divided evenly over the pipeline",
-    "num_layers_in_first_pipeline_stage": "layers are divided evenly over the pipeline",
-    "num_layers_in_last_pipeline_stage": "layers are divided evenly over the pipeline",
-}
+Implementation = Literal["transformer_engine", "local"]
+
+
+def implementation(
+    dtype: torch.dtype, head_dim: int, *, transformer_engine: bool
+) -> Implementation:
+    """Decide whose layers a model gets: Transformer Engine's, or the portable ones ("local").
+
+    Transformer Engine attends to packed sequences only with its flash and fused kernels, and those
+    take 16-bit numbers and heads of a multiple of 8.
+    """
+    fits = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0
+    return "transformer_engine" if transformer_engine and fits else "local"
 
 
 def transformer_config(
@@ -35,39 +38,31 @@ def transformer_config(
 ) -> TransformerConfig:
     """Return Megatron's configuration of `arch`; needs no process group.
 
-    `megatron` sets further fields of `TransformerConfig`, checked against that class.
+    `megatron` sets further fields of `TransformerConfig`: see `check_overrides`.
 
     Raises:
-        ValueError: an unknown field, one that this program sets itself, or a value that Megatron
-            refuses.
+        ValueError: a field that may not be set, or a value that Megatron refuses.
     """
+    layers = implementation(
+        dtype, arch.head_dim, transformer_engine=platform.has_transformer_engine()
+    )
+    fused = layers == "transformer_engine"
     ours = {
         **_network(arch),
         **_numbers(dtype),
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": pp,
         "sequence_parallel": sequence_parallel,
+        "transformer_impl": layers,  # what the layer spec and the packed forward go by
     }
-    _check(megatron, ours)
+    chosen = check_overrides(megatron, ours, transformer_engine=fused)
     # unfused, the rotary embedding reads sequence boundaries on the host, twice in every layer
-    default = {"apply_rope_fusion": platform.has_transformer_engine()}
+    default = {"apply_rope_fusion": fused}
     try:
-        return TransformerConfig(**{**ours, **default, **megatron})
+        return TransformerConfig(**{**ours, **default, **chosen})
     except (ValueError, TypeError, AssertionError) as problem:
         told = " ".join(str(problem).split())
         raise ValueError(f"megatron: refused by TransformerConfig: {told}") from None
-
-
-def _check(megatron: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
-    for key, value in megatron.items():
-        if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"megatron.{key}: not a field of TransformerConfig{hint}")
-        if key in _ABSENT or key in ours:
-            reason = _ABSENT.get(key, "set from the model's config.json and the other sections")
-            raise ValueError(f"megatron.{key}={value!r}: {reason}; remove it")
 
 
 def _network(arch: Architecture) -> dict[str, Any]:
@@ -104,7 +99,6 @@ def _numbers(dtype: torch.dtype) -> dict[str, Any]:
         "variable_seq_lengths": True,  # packed microbatches differ in length
         "moe_token_dispatcher_type": "alltoall",  # variable_seq_lengths wants it, dense or not
         "cuda_graph_scope": None,  # the default of 0.16.1 is deprecated there
-        "transformer_impl": "transformer_engine" if platform.has_transformer_engine() else "local",
     }
 
 

@@ -12,15 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opd.model.config import HFConfig, read_config
+from megatron_opd.model.config import Architecture, HFConfig, architecture
 from megatron_opd.model.gpt import HiddenGPT
-from megatron_opd.model.hf_files import (
-    ShardWriter,
-    TensorFiles,
-    copy_companions,
-    fresh_folder,
-    write_config,
-)
+from megatron_opd.model.hf_files import ShardWriter, TensorFiles, fresh_folder, write_description
 from megatron_opd.model.hf_map import Shape, Weight, manifest, stage_parameters, weights
 from megatron_opd.parallel import Parallel
 
@@ -43,9 +37,8 @@ def load_hf(
     """
 
     def load() -> int:
-        files = TensorFiles(folder)
-        tables = {name for w in weights(model.architecture) if w.vocab for name in w.hf}
-        files.check(manifest(model.architecture), free_rows=tables)
+        tables = _tables(model.architecture)
+        files = _open(folder, model.architecture)
         _check_rows(model, files, tables, vocab_size or model.architecture.vocab_rows)
 
         def read(name: str, shape: Shape, dim: int | None, start: int, stop: int) -> Tensor:
@@ -55,6 +48,26 @@ def load_hf(
         return files.bytes_read
 
     return parallel.agree(load)[parallel.rank]
+
+
+def check_files(folder: str | Path) -> None:
+    """Check a checkpoint against its own `config.json`: headers are read, tensors are not.
+
+    Raises:
+        ValueError: `config.json` is not supported, a file cannot be read, is missing or is cut off,
+            or names or shapes do not fit.
+    """
+    _open(folder, architecture(folder))
+
+
+def _open(folder: str | Path, arch: Architecture) -> TensorFiles:
+    files = TensorFiles(folder)
+    files.check(manifest(arch), free_rows=_tables(arch))
+    return files
+
+
+def _tables(arch: Architecture) -> set[str]:
+    return {name for weight in weights(arch) if weight.vocab for name in weight.hf}
 
 
 def _check_rows(model: HiddenGPT, files: TensorFiles, tables: set[str], needed: int) -> None:
@@ -173,15 +186,18 @@ def save_hf(
     folder: str | Path,
     parallel: Parallel,
     *,
+    stop_ids: tuple[int, ...] = (),
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write a folder that `from_pretrained` loads unchanged; collective over all ranks.
 
     `source` is the configuration the model was built from; if it is a folder, its generation
-    defaults and tokenizer come along. Written beside `folder` and renamed when complete.
+    defaults and tokenizer come along. `stop_ids` are the tokens that the model was trained to end
+    with, where generation is to stop besides. Written beside `folder` and renamed when complete.
 
     Raises:
-        ValueError: `folder` exists, or the disk is full; on every rank.
+        ValueError: `folder` exists, a file of `source` cannot be read, or the disk is full; on
+            every rank.
     """
     final = Path(folder)
     draft = final.with_name(f"tmp_{final.name}")
@@ -195,8 +211,7 @@ def save_hf(
         if problem is not None:
             raise problem
         writer.finish()
-        write_config(read_config(source), draft, model.config.params_dtype)
-        copy_companions(source, draft)
+        write_description(source, draft, model.config.params_dtype, stop_ids)
         draft.rename(final)
 
     parallel.owner(publish)

@@ -9,8 +9,6 @@ from megatron_opd.types import Prompt, Rollout
 class RolloutEngine(Protocol):
     """Write `n` responses to every prompt."""
 
-    on_policy: bool  # do `Rollout.logp` carry the sampler's probabilities?
-
     def sync(self) -> None:
         """Take over the student's current weights."""
         ...

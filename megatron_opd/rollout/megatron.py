@@ -39,8 +39,6 @@ class MegatronEngine:
     the rounding of the matrix products.
     """
 
-    on_policy = True
-
     def __init__(self, model: Any, parallel: Parallel, *, vocab_size: int, batch_size: int):
         self.model, self.parallel = model, parallel
         self.vocab_size, self.batch_size = vocab_size, batch_size

@@ -9,8 +9,6 @@ from megatron_opd.types import Prompt, Rollout
 class ReplayEngine:
     """Return each prompt's own response, followed by the end-of-sequence token."""
 
-    on_policy = False
-
     def __init__(self, encode: Callable[[str], tuple[int, ...]]):
         self.encode = encode  # response text → token ids with the end token
 
