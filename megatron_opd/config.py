@@ -228,7 +228,7 @@ class Config(Section):
     eval: Eval = Eval()
     run: Run = Run()
     megatron: dict[str, Any] = {}
-    """Fields of Megatron-Core's TransformerConfig, passed on as they are."""
+    """Fields of Megatron-Core's TransformerConfig, passed on to the student's network."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

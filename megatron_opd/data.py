@@ -161,9 +161,13 @@ def _messages(data: Any, where: str, columns: dict[str, Any]) -> tuple[list[dict
             f"{where}: data.prompt_key='{data.prompt_key}' gives {str(messages)[:40]!r}, expected "
             f"a string or a list of {{role, content}}; columns: {', '.join(columns)}"
         )
+    response = None
     if messages and messages[-1]["role"] == "assistant":
-        return messages[:-1], messages[-1]["content"]
-    return messages, None
+        *messages, last = messages
+        response = last["content"]
+    if not messages:
+        raise ValueError(f"{where}: no message that the student could answer")
+    return messages, response
 
 
 def _render(data: Any, tokenizer: Any, where: str, messages: list[dict]) -> str:

@@ -220,6 +220,14 @@ def test_a_pass_has_no_prompt_twice_and_leaves_out_less_than_a_step(size, step, 
         assert shuffle or drawn == sorted(drawn)
 
 
+@pytest.mark.parametrize("messages", [[], [{"role": "assistant", "content": "hi"}]])
+def test_a_conversation_without_a_question_is_refused(tmp_path, messages):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"messages": messages}))
+    data = Data(prompts=(str(tmp_path / "p.jsonl"),))
+    with pytest.raises(ValueError, match=r"p.jsonl, row 0: no message that the student could"):
+        load_prompts(data, train_tokenizer(tmp_path / "tokenizer"))
+
+
 def test_orders_differ_between_epochs_and_seeds_and_repeat_for_one_seed():
     def orders(seed):
         stream = PromptStream(numbered(50), seed, shuffle=True)
