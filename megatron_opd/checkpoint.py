@@ -13,7 +13,12 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_opd.model.torch_dist import fork_checkpoint_writer, sharded_weights
+from megatron_opd.model.config import HFConfig
+from megatron_opd.model.torch_dist import (
+    fork_checkpoint_writer,
+    sharded_weights,
+    write_companions,
+)
 from megatron_opd.parallel import Parallel
 from megatron_opd.step import Student
 
@@ -21,17 +26,35 @@ from megatron_opd.step import Student
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def save(folder: Path, student: Student, state: dict[str, Any], *, keep: int) -> Path:
+def save(
+    folder: Path,
+    student: Student,
+    state: dict[str, Any],
+    *,
+    keep: int,
+    source: HFConfig,
+    stop_ids: tuple[int, ...] = (),
+) -> Path:
     """Write `folder/step_NNNNNN` and delete all but the newest `keep`; collective.
 
-    `state` is JSON: `step`, the data cursor, whatever else resume needs.
+    `state` is JSON: `step`, the data cursor, whatever else resume needs. `source` and `stop_ids`
+    are those of `save_hf`: tools/convert_checkpoint.py makes a Hugging Face model of it with them.
     """
     parallel, name = student.parallel, f"step_{state['step']:06d}"
     final, draft = folder / name, folder / f"tmp_{name}"
     parallel.owner(lambda: _fresh(draft))
     fork_checkpoint_writer()
     dist_checkpointing.save(_sharded(student, loading=False), str(draft))
-    parallel.owner(lambda: _publish(draft, final, state, keep))
+
+    def publish() -> None:
+        (draft / "state.json").write_text(json.dumps(state, indent=2))
+        write_companions(source, draft, student.model.config.params_dtype, stop_ids)
+        shutil.rmtree(final, ignore_errors=True)  # of an earlier try at this step
+        draft.rename(final)
+        for old in sorted(folder.glob("step_*"))[:-keep]:
+            shutil.rmtree(old)
+
+    parallel.owner(publish)
     return final
 
 
@@ -63,14 +86,6 @@ def _sharded(student: Student, *, loading: bool) -> dict[str, Any]:
 def _fresh(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # what a killed run left half written
     folder.mkdir(parents=True)
-
-
-def _publish(draft: Path, final: Path, state: dict[str, Any], keep: int) -> None:
-    (draft / "state.json").write_text(json.dumps(state, indent=2))
-    shutil.rmtree(final, ignore_errors=True)
-    draft.rename(final)
-    for old in sorted(final.parent.glob("step_*"))[:-keep]:
-        shutil.rmtree(old)
 
 
 # Without Transformer Engine and Apex, Megatron's distributed optimiser runs torch's AdamW, which

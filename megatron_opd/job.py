@@ -59,9 +59,27 @@ class Job:
             step = state["step"]
         self.parallel.main_only(lambda: self._check_export(step))
         self.run_log = self.parallel.main_only(lambda: build.open_log(self.config, step))
-        if self.config.run.resume and newest is None and self.parallel.is_main:
-            log.warning("run.resume: no checkpoint in '%s'; starting from step 1", self.folder)
+        if self.parallel.is_main:
+            self._announce(step, newest)
         return step
+
+    def _announce(self, step: int, newest: Path | None) -> None:
+        parallel, train = self.parallel, self.config.train
+        log.info(
+            "%d steps of %d prompts × %d responses; %d ranks = tp %d × pp %d × dp %d; in %s",
+            self.steps,
+            train.prompts_per_step,
+            self.config.rollout.n,
+            parallel.world,
+            parallel.tp,
+            parallel.pp,
+            parallel.dp,
+            self.folder,
+        )
+        if newest is not None:
+            log.info("resumed after step %d, from %s", step, newest)
+        elif self.config.run.resume:
+            log.warning("run.resume: no checkpoint in '%s'; starting from step 1", self.folder)
 
     def _check_export(self, step: int) -> None:
         if self.config.run.export and self.exported.exists() and step < self.steps:
@@ -184,13 +202,25 @@ class Job:
     def save(self, step: int) -> None:
         """Write a checkpoint from which the run goes on bit by bit as if never interrupted."""
         state = {"step": step, "stream": self.stream.state_dict()}
-        folder = self.folder / "checkpoints"
-        checkpoint.save(folder, self.student, state, keep=self.config.run.keep)
+        checkpoint.save(
+            self.folder / "checkpoints",
+            self.student,
+            state,
+            keep=self.config.run.keep,
+            source=self.config.student.path,
+            stop_ids=self.sampling.stop_ids,
+        )
 
     def export(self) -> None:
         """Write the student as a Hugging Face directory, unless a finished run has."""
         if not self.parallel.owner(self.exported.exists):
-            save_hf(self.student.model, self.config.student.path, self.exported, self.parallel)
+            save_hf(
+                self.student.model,
+                self.config.student.path,
+                self.exported,
+                self.parallel,
+                stop_ids=self.sampling.stop_ids,
+            )
         if self.parallel.is_main:
             log.info("exported %s", self.exported)
 

@@ -14,7 +14,7 @@ from megatron_opd import build, memory, platform
 from megatron_opd.config import Config, cautions
 from megatron_opd.data import same_tokenizer, vocab_size
 from megatron_opd.metrics import check_mirrors
-from megatron_opd.model import architecture
+from megatron_opd.model import architecture, check_files
 from megatron_opd.model import check_layout as check_network_layout
 from megatron_opd.model.transformer import transformer_config
 from megatron_opd.parallel import check_layout
@@ -95,6 +95,8 @@ def preflight(config: Config, world: int, *, dry_run: bool = False) -> Plan:
         ValueError: one line.
     """
     warnings = check(config, world, dry_run=dry_run)
+    for path in _weights(config):
+        check_files(path)
     tokenizer = _check_tokenizers(config)
     prompts, held_out = build.load_data(config, tokenizer)
     _check_spaces(tokenizer, prompts[0])
@@ -148,11 +150,23 @@ def _obstacles(config: Config) -> Iterator[str]:
     """Yield what stops a run, but not the planning of one that happens elsewhere."""
     for name, path in _models(config).items():
         drawn = name == "student" and config.student.init == "random"
-        if not drawn and not any(Path(path).glob("*.safetensors")):
+        if not drawn and not _has_weights(path):
             yield f"{name}.path: '{path}' has no *.safetensors weights"
     offload = config.teacher is not None and config.teacher.offload
     if offload and platform.device().type == "cpu":
         yield "teacher.offload: needs a GPU, and there is none; set teacher.offload=false"
+
+
+def _has_weights(path: str) -> bool:
+    return any(Path(path).glob("*.safetensors*"))
+
+
+def _weights(config: Config) -> Iterator[str]:
+    """Yield the directories whose weights will be read, and are there."""
+    if config.student.init == "hf" and _has_weights(config.student.path):
+        yield config.student.path
+    if config.teacher is not None and _has_weights(config.teacher.path):
+        yield config.teacher.path
 
 
 def _check_ranks(config: Config, world: int) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from megatron_opd.model import architecture
+from megatron_opd.model.hf_map import manifest
 from tests.tiny import qwen3
 from tests.tokenizers import train_tokenizer
 
@@ -25,7 +27,9 @@ def make_home(folder: Path) -> Path:
         train_tokenizer(folder / name)
         network = qwen3(vocab_size=260, num_hidden_layers=layers)
         (folder / name / "config.json").write_text(json.dumps(network))
-        save_file({"nothing": torch.zeros(1)}, folder / name / "model.safetensors")
+        shapes = manifest(architecture(network))
+        weights = {tensor: torch.zeros(shape) for tensor, shape in shapes.items()}
+        save_file(weights, folder / name / "model.safetensors")
     lines = [json.dumps({"prompt": "x" * n, "answer": "1"}) for n in range(1, 11)]
     (folder / "prompts.jsonl").write_text("\n".join(lines))
     (folder / "config.yaml").write_text(CONFIG)

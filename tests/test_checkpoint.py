@@ -48,7 +48,7 @@ def _unbroken(rank, layout, folder, dtype, optimizer):
     student = _student(parallel, seed=1, dtype=dtype, optimizer=optimizer)
     teacher = _teacher(parallel, dtype)
     _run(student, teacher, range(3))
-    checkpoint.save(folder, student, {"step": 3, "stream": {"cursor": 12}}, keep=1)
+    checkpoint.save(folder, student, {"step": 3, "stream": {"cursor": 12}}, keep=1, source=qwen3())
     return _run(student, teacher, range(3, 6)), _weights(student)
 
 
@@ -98,7 +98,7 @@ def _prune(rank, folder):
     assert checkpoint.latest(folder, parallel) is None
     _run(student, _teacher(parallel, torch.float32), range(1))
     for step in (1, 2, 3, 3):
-        checkpoint.save(folder, student, {"step": step}, keep=2)
+        checkpoint.save(folder, student, {"step": step}, keep=2, source=qwen3())
     return sorted(path.name for path in folder.iterdir()), checkpoint.latest(folder, parallel).name
 
 

@@ -286,6 +286,16 @@ def test_another_tokenizer_is_refused_or_allowed(home):
     preflight(load("teacher.allow_tokenizer_mismatch=true"), world=1)
 
 
+def test_weights_that_cannot_be_read_are_one_line(home):
+    path = home / "teacher" / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:500])
+    assert "teacher/model.safetensors" in refusal(load())
+    path.write_bytes(whole)
+    (home / "teacher" / "config.json").write_text(json.dumps(qwen3(vocab_size=260)))  # 4 layers
+    assert "model.layers.2" in refusal(load())
+
+
 def test_a_broken_tokenizer_is_one_line(home):
     (home / "student" / "tokenizer.json").write_text("{")
     assert refusal(load()).startswith("student.path: no tokenizer in 'student' that can be read")

@@ -21,11 +21,13 @@ from megatron_opd.model.torch_dist import HF, load_megatron, save_megatron
 DESCRIPTION = """\
 Convert a checkpoint between Hugging Face safetensors and Megatron-Core torch_dist, bit by bit:
 the dtype is kept. Works on the CPU and starts its tp × pp processes itself; a Megatron checkpoint
-written at one layout loads at any other."""
+written at one layout loads at any other. A training run's checkpoint is one too: the state of its
+optimizer is left behind."""
 EXAMPLES = """\
 examples:
   %(prog)s hf-to-megatron Qwen3-0.6B qwen3-megatron --tp 2
-  %(prog)s megatron-to-hf qwen3-megatron qwen3-hf"""
+  %(prog)s megatron-to-hf qwen3-megatron qwen3-hf
+  %(prog)s megatron-to-hf runs/qwen3/checkpoints/step_000050 qwen3-step-50"""
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

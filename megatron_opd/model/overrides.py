@@ -30,14 +30,13 @@ _TRANSFORMER_ENGINE = (  # passed on too, but the portable layers do not read th
     "cpu_offloading*",
     "deterministic_mode",
     "fused_single_qkv_rope",
-    "gradient_accumulation_fusion",
 )
 _REASONS = {  # for the fields that are asked for most; the others get a general one
     "*context_parallel*": "context parallelism is not supported",
     "*moe*": "mixture-of-experts models are not supported",
     "expert_*": "mixture-of-experts models are not supported",
     "fp[48]*": "quantised arithmetic is not supported",
-    "*cuda_graph*": "microbatches differ in length, which CUDA graphs cannot",
+    "*cuda_graph*": "CUDA graphs need microbatches of one length",
     "virtual_*": "virtual pipeline stages are not supported",
     "pipeline_model_parallel_layout": "layers are divided evenly over the pipeline",
     "num_layers_in_*": "layers are divided evenly over the pipeline",

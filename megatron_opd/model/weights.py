@@ -37,32 +37,35 @@ def load_hf(
     """
 
     def load() -> int:
-        tables = _tables(model.architecture)
-        files = _open(folder, model.architecture)
-        _check_rows(model, files, tables, vocab_size or model.architecture.vocab_rows)
+        needed = vocab_size or model.architecture.vocab_rows
+        files = _open(folder, model.architecture, needed)
+        _check_rows("the model's padded vocabulary", model.vocab_size, needed)
 
         def read(name: str, shape: Shape, dim: int | None, start: int, stop: int) -> Tensor:
             return _sane(files.read(name, dim, start, stop), f"{folder}: {name}")
 
-        _fill(model, read, {name: files.shape(name)[0] for name in tables})
+        rows = {name: files.shape(name)[0] for name in _tables(model.architecture)}
+        _fill(model, read, rows)
         return files.bytes_read
 
     return parallel.agree(load)[parallel.rank]
 
 
-def check_files(folder: str | Path) -> None:
+def check_files(folder: str | Path, *, vocab_size: int = 0) -> None:
     """Check a checkpoint against its own `config.json`: headers are read, tensors are not.
 
     Raises:
         ValueError: `config.json` is not supported, a file cannot be read, is missing or is cut off,
-            or names or shapes do not fit.
+            names or shapes do not fit, or a vocabulary table has fewer than `vocab_size` rows.
     """
-    _open(folder, architecture(folder))
+    _open(folder, architecture(folder), vocab_size)
 
 
-def _open(folder: str | Path, arch: Architecture) -> TensorFiles:
-    files = TensorFiles(folder)
-    files.check(manifest(arch), free_rows=_tables(arch))
+def _open(folder: str | Path, arch: Architecture, needed: int) -> TensorFiles:
+    files, tables = TensorFiles(folder), _tables(arch)
+    files.check(manifest(arch), free_rows=tables)
+    for name in tables:
+        _check_rows(f"{name} of {files.folder}", files.shape(name)[0], needed)
     return files
 
 
@@ -70,14 +73,9 @@ def _tables(arch: Architecture) -> set[str]:
     return {name for weight in weights(arch) if weight.vocab for name in weight.hf}
 
 
-def _check_rows(model: HiddenGPT, files: TensorFiles, tables: set[str], needed: int) -> None:
-    for name in tables:
-        for where, rows in (
-            (f"{name} of {files.folder}", files.shape(name)[0]),
-            ("the model's padded vocabulary", model.vocab_size),
-        ):
-            if rows < needed:
-                raise ValueError(f"{where} has {rows} rows, expected at least {needed}")
+def _check_rows(table: str, rows: int, needed: int) -> None:
+    if rows < needed:
+        raise ValueError(f"{table} has {rows} rows, expected at least {needed}")
 
 
 def _sane(tensor: Tensor, name: str) -> Tensor:

@@ -5,8 +5,14 @@ import json
 
 import pytest
 import torch
+from megatron.core.transformer.enums import AttnBackend
 
+from megatron_opd import parallel as mesh
 from megatron_opd.model import architecture, check_layout, padded_vocab, transformer_config
+from megatron_opd.model.overrides import check_overrides
+from megatron_opd.model.spec import block_spec
+from megatron_opd.model.transformer import implementation
+from tests.distributed import run_ranks
 from tests.hf import FAMILIES, hf_model, to_old_layout
 
 QWEN2 = {
@@ -131,23 +137,86 @@ def test_vocabulary_is_padded_as_megatron_does():
 
 
 @pytest.mark.parametrize(
+    ("dtype", "head_dim", "there", "expected"),
+    [
+        (torch.bfloat16, 128, True, "transformer_engine"),
+        (torch.float16, 64, True, "transformer_engine"),
+        (torch.float32, 128, True, "local"),
+        (torch.bfloat16, 12, True, "local"),
+        (torch.bfloat16, 128, False, "local"),
+    ],
+)
+def test_transformer_engine_is_used_where_it_can_attend(dtype, head_dim, there, expected):
+    assert implementation(dtype, head_dim, transformer_engine=there) == expected
+
+
+def test_the_layers_follow_the_configuration():
+    arch = architecture({**QWEN2, "head_dim": 8})
+    config = transformer_config(arch, {}, dtype=torch.float32)
+    assert config.transformer_impl == "local" and config.apply_rope_fusion is False
+    (layer, *_) = run_ranks(_attention_of, 1, arch)[0]
+    assert layer == "CausalAttention"
+
+
+def _attention_of(rank, arch):
+    mesh.initialize()
+    block = block_spec(transformer_config(arch, {}, dtype=torch.float32))
+    attentions = [layer.submodules.self_attention.submodules for layer in block.layer_specs]
+    return [attention.core_attention.__name__ for attention in attentions]
+
+
+SET_ELSEWHERE = r"set from the model's config\.json"
+OTHER_NETWORK = r"the network would no longer be the one of config\.json; remove it"
+
+
+@pytest.mark.parametrize(
     ("megatron", "told"),
     [
         ({"recompute_granularty": "full"}, "did you mean 'recompute_granularity'"),
-        ({"hidden_size": 64}, r"megatron\.hidden_size=64: set from the model's config\.json"),
-        ({"sequence_parallel": True}, r"megatron\.sequence_parallel=True: set from"),
+        ({"hidden_size": 64}, rf"megatron\.hidden_size=64: {SET_ELSEWHERE}"),
+        ({"sequence_parallel": True}, rf"megatron\.sequence_parallel=True: {SET_ELSEWHERE}"),
+        ({"transformer_impl": "local"}, SET_ELSEWHERE),
         ({"context_parallel_size": 2}, "context parallelism is not supported"),
         ({"virtual_pipeline_model_parallel_size": 2}, "virtual pipeline stages"),
-        ({"recompute_granularity": "some"}, "refused by TransformerConfig"),
+        ({"num_moe_experts": 8}, "mixture-of-experts models are not supported"),
+        ({"window_size": [128, 0]}, OTHER_NETWORK),
+        ({"softmax_type": "off-by-one"}, OTHER_NETWORK),
+        ({"softmax_scale": "x"}, OTHER_NETWORK),
+        ({"layernorm_zero_centered_gamma": True}, OTHER_NETWORK),
+        ({"rotary_interleaved": True}, OTHER_NETWORK),
+        ({"cross_entropy_loss_fusion": True}, "not passed on; expected one of apply_query"),
+        ({"apply_rope_fusion": True}, "only Transformer Engine's layers read it"),
+        ({"attention_backend": "flash"}, "only Transformer Engine's layers read it"),
+        ({"attention_backend": "flsh"}, "got 'flsh', expected one of flash, fused, unfused"),
+        ({"bias_dropout_fusion": "yes"}, "got 'yes', expected bool$"),
+        ({"bias_dropout_fusion": 1}, "got 1, expected bool$"),
+        ({"recompute_num_layers": 1.5}, "got 1.5, expected int or null$"),
+        ({"recompute_num_layers": True}, "got True, expected int or null$"),
+        ({"recompute_granularity": "some"}, "got 'some', expected one of full, selective or null$"),
+        ({"recompute_modules": "mlp"}, "got 'mlp', expected a list of str or null$"),
+        ({"recompute_modules": [1]}, r"got \[1\], expected a list of str or null$"),
+        ({"recompute_granularity": "full"}, "refused by TransformerConfig"),
     ],
 )
 def test_megatron_overrides_are_checked(megatron, told):
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=told) as caught:
         transformer_config(architecture(QWEN2), megatron, dtype=torch.float32)
+    assert f"megatron.{next(iter(megatron))}" in str(caught.value) or "refused by" in told
+    assert "\n" not in str(caught.value)
 
 
 def test_megatron_overrides_arrive():
     megatron = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
-    config = transformer_config(architecture(QWEN2), megatron, dtype=torch.bfloat16, tp=2, pp=2)
+    harmless = {"apply_rope_fusion": False, "attention_backend": "auto"}
+    config = transformer_config(
+        architecture(QWEN2), {**megatron, **harmless}, dtype=torch.bfloat16, tp=2, pp=2
+    )
     assert config.recompute_granularity == "selective" and config.recompute_modules == ["mlp"]
+    assert config.attention_backend is AttnBackend.auto
     assert config.bf16 and config.params_dtype == config.pipeline_dtype == torch.bfloat16
+
+
+def test_transformer_engines_layers_take_more():
+    megatron = {"attention_backend": "flash", "cpu_offloading_num_layers": 2}
+    checked = check_overrides(megatron, (), transformer_engine=True)
+    assert checked == {"attention_backend": AttnBackend.flash, "cpu_offloading_num_layers": 2}

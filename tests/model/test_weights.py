@@ -9,7 +9,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megatron_opd.model import architecture, build_model, export_hf, load_hf, padded_vocab, save_hf
+from megatron_opd.model import (
+    architecture,
+    build_model,
+    check_files,
+    export_hf,
+    load_hf,
+    padded_vocab,
+    save_hf,
+)
 from megatron_opd.model.hf_map import manifest, stage_parameters, weights
 from megatron_opd.model.torch_dist import sharded_weights
 from tests.distributed import run_ranks
@@ -170,6 +178,53 @@ def test_files_that_are_missing_or_broken_are_named(tmp_path):
     assert "has neither model.safetensors nor" in run_ranks(_refusal, 1, folder, LAYOUTS[0])[0]
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{}", "has no weight_map"),
+        ('{"weight_map": {"a": 1}}', "has no weight_map"),
+        ('{"weight_map": {}}', "has no weight_map"),
+        ("[]", "expected a JSON object, got list"),
+        ('{"weight_map": ', "expected an index of safetensors, got: Expecting value"),
+        ('{"weight_map": {"a": "b.safetensors"}}', "names files that are missing: b.safetensors"),
+    ],
+)
+def test_an_index_that_is_broken_is_named(tmp_path, text, told):
+    index = write_checkpoint(tmp_path, "qwen3") / "model.safetensors.index.json"
+    index.write_text(text)
+    assert f"{index}: {told}" in refused(tmp_path)
+
+
+def refused(folder) -> str:
+    """Return what `check_files` says, which is one line."""
+    with pytest.raises(ValueError) as caught:
+        check_files(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("left", [0, 4, 50, -10])
+def test_a_file_that_is_cut_off_is_named(tmp_path, left):
+    file = write_checkpoint(tmp_path, "qwen3") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:left])
+    assert f"{file}: not a readable safetensors file" in refused(tmp_path)
+
+
+def test_files_are_checked_without_a_model(tmp_path):
+    folder = write_checkpoint(tmp_path, "qwen3", shard_size="50KB")
+    check_files(folder)
+    check_files(folder, vocab_size=203)
+    with pytest.raises(ValueError, match=f"of {folder} has 203 rows, expected at least 204"):
+        check_files(folder, vocab_size=204)
+    file = folder / read_json(folder / "model.safetensors.index.json")["weight_map"][LAYER_3]
+    tensors = load_file(file)
+    save_file({**tensors, LAYER_3: tensors[LAYER_3][:4]}, file)
+    assert f"wrong shape: {LAYER_3} [4, 32] (expected [48, 32])" in refused(folder)
+    tensors.pop(LAYER_3)
+    save_file(tensors, file)
+    assert f"{folder}: tensors do not fit config.json: missing: {LAYER_3}" in refused(folder)
+
+
 def test_leftovers_that_transformers_ignores_are_ignored(tmp_path):
     folder = write_checkpoint(tmp_path, "qwen2_tied")
     rotary = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
@@ -203,6 +258,36 @@ def test_a_saved_folder_loads_in_transformers(tmp_path, family, layout):
     for name in ("config.json", "tokenizer.json", "generation_config.json"):
         assert read_json(tmp_path / "saved" / name) == read_json(folder / name)
     assert not list(tmp_path.glob("tmp_*"))
+
+
+STOPS = [
+    ({"eos_token_id": 5}, (9, 2), [2, 5, 9]),
+    ({"eos_token_id": [5, 2]}, (9, 2), [2, 5, 9]),
+    ({}, (9,), [9]),
+    (None, (9,), [2, 9]),  # no file: config.json says 2
+    ({"eos_token_id": 5}, (), 5),
+]
+
+
+def _save_stopping(rank, folder, target, stop_ids):
+    model, parallel = load(folder, LAYOUTS[0])
+    load_hf(model, folder, parallel)
+    save_hf(model, folder, target, parallel, stop_ids=stop_ids)
+
+
+@pytest.mark.parametrize(("said", "stop_ids", "expected"), STOPS)
+def test_a_saved_model_stops_where_it_was_trained_to(tmp_path, said, stop_ids, expected):
+    folder = write_checkpoint(tmp_path / "source", "llama")
+    said_file = folder / "generation_config.json"
+    said_file.unlink()
+    if said is not None:
+        said_file.write_text(json.dumps({**said, "temperature": 0.6, "do_sample": True}))
+    config = {**read_json(folder / "config.json"), "bos_token_id": 1, "eos_token_id": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    run_ranks(_save_stopping, 1, folder, tmp_path / "saved", stop_ids)
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").generation_config
+    assert saved.eos_token_id == expected
+    assert saved.temperature == 0.6 if said is not None else saved.bos_token_id == 1
 
 
 def _save_on_a_full_disk(rank, folder, target):

@@ -7,8 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from safetensors.torch import load_file, save_file
 
+from megatron_opd import checkpoint
+from megatron_opd import config as cfg
+from megatron_opd import parallel as mesh
+from megatron_opd.model import build_model, export_hf, load_hf
+from megatron_opd.model.torch_dist import (
+    fork_checkpoint_writer,
+    sharded_weights,
+    write_companions,
+)
+from megatron_opd.step import make_student
+from tests.distributed import run_ranks
 from tests.hf import read_json, write_checkpoint
 from tools.convert_checkpoint import main
 
@@ -51,6 +63,36 @@ def test_the_layout_may_change_the_padded_vocabulary(tmp_path):
     original = load_file(folder / "model.safetensors")
     final = load_file(tmp_path / "back" / "model.safetensors")
     assert all(torch.equal(final[name], tensor) for name, tensor in original.items())
+
+
+def _save_as_a_run_does(rank, source, folder, dtype):
+    parallel = mesh.initialize(2)
+    model = build_model(source, parallel, dtype=dtype, seed=None)
+    load_hf(model, source, parallel)
+    student = make_student(model, parallel, cfg.Optimizer(), steps=3, vocab_size=203)
+    student.optimizer.step()  # it has no state before the first
+    weights = sharded_weights(model)
+    optimizer = student.optimizer.sharded_state_dict(weights, metadata=checkpoint.METADATA)
+    fork_checkpoint_writer()
+    parallel.owner(lambda: folder.mkdir(parents=True))
+    dist_checkpointing.save({"model": weights, "optimizer": optimizer}, str(folder))
+    parallel.owner(lambda: write_companions(source, folder, dtype, stop_ids=(7, 3)))
+    return {name: tensor.clone() for name, tensor in export_hf(model, parallel)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_checkpoint_of_a_run_becomes_its_weights(tmp_path, dtype):
+    source = write_checkpoint(tmp_path / "hf", "qwen3", dtype=dtype)
+    folder = tmp_path / "checkpoints" / "step_000050"
+    saved, _ = run_ranks(_save_as_a_run_does, 2, source, folder, dtype)
+    assert convert("megatron-to-hf", folder, tmp_path / "back", pp=2) == 0
+    final = load_file(tmp_path / "back" / "model.safetensors")
+    assert final.keys() == saved.keys()
+    for name, tensor in saved.items():
+        assert final[name].dtype == dtype and torch.equal(final[name], tensor), name
+    assert read_json(tmp_path / "back" / "tokenizer.json") == read_json(source / "tokenizer.json")
+    stops = read_json(tmp_path / "back" / "generation_config.json")["eos_token_id"]
+    assert {3, 7} <= set(stops) and stops == sorted(stops)
 
 
 def test_errors_are_one_line_and_leave_nothing_behind(tmp_path, capfd):
