@@ -43,7 +43,7 @@ def fork_checkpoint_writer() -> None:
     if torch.cuda.is_available() or filesystem_async._results_queue is not None:
         return
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    if sys.platform == "no":
+    if sys.platform == "linux":
         manager.start(_die_with, (os.getpid(),))
     else:
         manager.start()
