@@ -56,9 +56,7 @@ def _run(config: Config, world: int) -> None:
     # imported late: --help and errors in the config come without waiting for torch
     from megatron_opd.preflight import check
 
-    for line in check(config, world):
-        if int(os.environ.get("RANK", 0)) == 0:
-            logging.getLogger("megatron_opd").warning("warning: %s", line)
+    check(config, world)
     from megatron_opd import train
 
     train.main(config)

@@ -32,6 +32,7 @@ class Job:
         self.folder = Path(config.run.dir)
         plan = parallel.owner(lambda: preflight(config, parallel.world))
         self.steps, self.held_out, self.tokenizer = plan.steps, plan.held_out, plan.tokenizer
+        self.warnings = plan.warnings
         self.stream = PromptStream(plan.prompts, config.seed, config.data.shuffle)
         self.run_log: RunLog | None = None
         size = plan.vocab_size
@@ -65,6 +66,8 @@ class Job:
 
     def _announce(self, step: int, newest: Path | None) -> None:
         parallel, train = self.parallel, self.config.train
+        for line in self.warnings:
+            log.warning("warning: %s", line)
         log.info(
             "%d steps of %d prompts × %d responses; %d ranks = tp %d × pp %d × dp %d; in %s",
             self.steps,

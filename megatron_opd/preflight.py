@@ -95,9 +95,9 @@ def preflight(config: Config, world: int, *, dry_run: bool = False) -> Plan:
         ValueError: one line.
     """
     warnings = check(config, world, dry_run=dry_run)
-    for path in _weights(config):
-        check_files(path)
     tokenizer = _check_tokenizers(config)
+    for path in _weights(config):
+        check_files(path, vocab_size=vocab_size(tokenizer))
     prompts, held_out = build.load_data(config, tokenizer)
     _check_spaces(tokenizer, prompts[0])
     steps = build.count_steps(config, len(prompts))

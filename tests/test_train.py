@@ -192,6 +192,16 @@ def test_the_student_comes_nearer_to_its_teacher(home):
     assert history[-1]["distill/reverse_kl"] < 0.8 * history[1]["distill/reverse_kl"]
 
 
+def test_warnings_are_said_and_kept(home):
+    (home / "teacher/generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    words = ["train.steps=3", "eval.prompts=[]", "eval.every=0", "eval.n=3", "rollout.top_k=9"]
+    run(1, *words, "eval.temperature=1.0", "run.export=false")
+    text = Path("runs/one/log.txt").read_text()
+    assert "warning: teacher.path: it may end a response with [7], where the student goes" in text
+    assert "warning: eval.n: has no effect in this config" in text
+    assert "warning: rollout.top_p=1, rollout.top_k=9: responses come from a truncated" in text
+
+
 def test_a_teacher_that_prefers_nothing_is_named(home):
     path = home / "teacher/model.safetensors"
     save_file({k: v if "norm" in k else v * 1e-3 for k, v in load_file(path).items()}, path)
