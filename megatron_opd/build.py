@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,14 +62,16 @@ def stop_ids(folder: str, tokenizer: Any, more: Sequence[int] = ()) -> tuple[int
     return tuple(sorted(ids - {None}))
 
 
-def load_data(config: cfg.Config, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
+def load_data(
+    config: cfg.Config, tokenizer: Any, warn: Callable[[str], None]
+) -> tuple[list[Prompt], list[Prompt]]:
     """Read the training and the evaluation prompts; rank 0 does this for all.
 
     Raises:
         ValueError: see `load_prompts`; or fewer prompts than a step takes.
     """
     needed = ("response",) if config.rollout.engine == "replay" else ()
-    prompts = load_prompts(config.data, tokenizer, require=needed)
+    prompts = load_prompts(config.data, tokenizer, require=needed, warn=warn)
     if len(prompts) < config.train.prompts_per_step:
         raise ValueError(
             f"train.prompts_per_step: got {config.train.prompts_per_step}, expected at most the "
@@ -77,7 +79,9 @@ def load_data(config: cfg.Config, tokenizer: Any) -> tuple[list[Prompt], list[Pr
         )
     if not config.eval.prompts:
         return prompts, []
-    return prompts, load_prompts(config.data, tokenizer, config.eval.prompts, require=("answer",))
+    return prompts, load_prompts(
+        config.data, tokenizer, config.eval.prompts, require=("answer",), warn=warn
+    )
 
 
 def count_steps(config: cfg.Config, prompts: int) -> int:
@@ -95,6 +99,11 @@ def samplings(config: cfg.Config, stops: tuple[int, ...]) -> tuple[Sampling, Sam
     )
 
 
+def megatron_fields(config: cfg.Config) -> dict[str, Any]:
+    """Return the fields of Megatron's TransformerConfig that the config asks for."""
+    return {**RECOMPUTE[config.train.recompute], **config.megatron}
+
+
 def build_student(
     config: cfg.Config, parallel: Parallel, *, vocab_size: int, steps: int
 ) -> Student:
@@ -104,7 +113,7 @@ def build_student(
         config.student.path,
         parallel,
         dtype=DTYPES[config.student.dtype],
-        megatron={**RECOMPUTE[config.train.recompute], **config.megatron},
+        megatron=megatron_fields(config),
         seed=config.seed if random else None,
     )
     if not random:
@@ -171,7 +180,7 @@ def open_log(config: cfg.Config, resume_step: int) -> RunLog:
         config.model_dump(mode="json"),
         tensorboard=config.run.tensorboard,
         wandb=config.run.wandb,
-        resume_step=resume_step or -1,  # before the first checkpoint nothing has happened
+        resume_step=resume_step,
     )
     resolved = folder / "config.yaml"
     if resolved.exists():

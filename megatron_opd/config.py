@@ -134,7 +134,7 @@ class Optimizer(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-6
     """Peak learning rate."""
     min_lr: NonNegative = 0.0
-    """Learning rate at the last step of a linear or cosine schedule."""
+    """Where a linear or cosine schedule ends, one step after the last."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay of the running means of the gradient and of its square."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -299,7 +299,7 @@ def _contradictions(c: Config) -> Iterable[tuple[bool, str]]:
 
 
 def cautions(c: Config) -> list[str]:
-    """Name every option that has no effect with the others, and pairs that are seldom meant."""
+    """Name options that have no effect with the others, and pairs that are seldom meant."""
     replay, hard = c.rollout.engine == "replay", c.objective.divergence == "cross_entropy"
     defaults = {name: kind.model_fields for name, kind in sections().items()}
     graded = bool(c.eval.prompts)

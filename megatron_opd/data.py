@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,14 @@ def load_prompts(
     files: Sequence[str] | None = None,
     *,
     require: Sequence[str] = (),
+    warn: Callable[[str], None] = log.warning,
 ) -> list[Prompt]:
     """Read, render and tokenise the prompts of `files` (default: those of the data section).
 
     A row's prompt is a string or a list of {role, content}; without one, its `messages` are taken,
     and a last message by the assistant is its response. `require` names what every row must have:
-    "answer", "response". Prompts that are dropped for their length are counted in a warning.
+    "answer", "response". Prompts that are dropped for their length are counted in a line to
+    `warn`.
 
     Raises:
         ValueError: a file is missing, empty or malformed; a row lacks something; a prompt is longer
@@ -57,7 +59,7 @@ def load_prompts(
                 f"{row.where}: no {missing[0]}; set data.{missing[0]}_key to the column that has it"
             )
         prompts.append(prompt)
-    return _short_enough(data, rows, prompts)
+    return _short_enough(data, rows, prompts, warn)
 
 
 def encode_response(tokenizer: Any, text: str) -> tuple[int, ...]:
@@ -199,7 +201,9 @@ def _lookup(columns: Any, key: str) -> Any:
     return columns
 
 
-def _short_enough(data: Any, rows: list[_Row], prompts: list[Prompt]) -> list[Prompt]:
+def _short_enough(
+    data: Any, rows: list[_Row], prompts: list[Prompt], warn: Callable[[str], None]
+) -> list[Prompt]:
     """Refuse or drop what is longer than `max_prompt_tokens`; refuse what has no token at all."""
     limit = data.max_prompt_tokens
     for row, prompt in zip(rows, prompts, strict=True):
@@ -218,7 +222,7 @@ def _short_enough(data: Any, rows: list[_Row], prompts: list[Prompt]) -> list[Pr
         raise ValueError(f"{line}; raise the limit, or set data.too_long=drop")
     if not kept:
         raise ValueError(f"{line}; none is left")
-    log.warning("%s; dropped", line)
+    warn(f"{line}; dropped")
     return kept
 
 
@@ -281,7 +285,13 @@ def vocab_size(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def same_tokenizer(student: Any, teacher: Any, *, allow: bool = False) -> None:
+def same_tokenizer(
+    student: Any,
+    teacher: Any,
+    *,
+    allow: bool = False,
+    warn: Callable[[str], None] = log.warning,
+) -> None:
     """Check that every id is the same token to both, ids that only one of them has included.
 
     Raises:
@@ -296,4 +306,4 @@ def same_tokenizer(student: Any, teacher: Any, *, allow: bool = False) -> None:
     line = f"teacher: {len(differ)} token ids differ from the student's ({first})"
     if not allow:
         raise ValueError(f"{line}; set teacher.allow_tokenizer_mismatch=true if it does not matter")
-    log.warning("%s; allowed", line)
+    warn(f"{line}; allowed")

@@ -81,8 +81,6 @@ class Job:
         )
         if newest is not None:
             log.info("resumed after step %d, from %s", step, newest)
-        elif self.config.run.resume:
-            log.warning("run.resume: no checkpoint in '%s'; starting from step 1", self.folder)
 
     def _check_export(self, step: int) -> None:
         if self.config.run.export and self.exported.exists() and step < self.steps:

@@ -116,7 +116,7 @@ class RunLog:
         *,
         tensorboard: bool = False,
         wandb: str | None = None,
-        resume_step: int | None = None,
+        resume_step: int = 0,
     ):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -147,9 +147,9 @@ class RunLog:
             mirror.close()
 
 
-def _forget_after(path: Path, step: int | None) -> None:
+def _forget_after(path: Path, step: int) -> None:
     """Drop the records after `step`, and a last line that a crash cut off."""
-    if step is None or not path.exists():
+    if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines(keepends=True):
@@ -161,11 +161,10 @@ def _forget_after(path: Path, step: int | None) -> None:
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path, resume_step: int | None):
+    def __init__(self, folder: Path, resume_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = None if resume_step is None else resume_step + 1
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():

@@ -1,4 +1,4 @@
-"""The only module that knows a CPU from a GPU.
+"""What Megatron-Core needs to run without a GPU, and which device and backend a rank has.
 
 Megatron-Core's local path is written for CUDA but needs little of it. `activate()` substitutes just
 that little when no GPU is present, so that the same program runs on gloo and on NCCL. Two kinds of

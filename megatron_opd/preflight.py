@@ -5,7 +5,7 @@ worth doing once: tokenizers, prompts, and the arithmetic of batches and memory.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,10 +95,10 @@ def preflight(config: Config, world: int, *, dry_run: bool = False) -> Plan:
         ValueError: one line.
     """
     warnings = check(config, world, dry_run=dry_run)
-    tokenizer = _check_tokenizers(config)
+    tokenizer = _check_tokenizers(config, warnings.append)
     for path in _weights(config):
         check_files(path, vocab_size=vocab_size(tokenizer))
-    prompts, held_out = build.load_data(config, tokenizer)
+    prompts, held_out = build.load_data(config, tokenizer, warnings.append)
     _check_spaces(tokenizer, prompts[0])
     steps = build.count_steps(config, len(prompts))
     if config.optimizer.warmup_steps >= steps:
@@ -141,8 +141,11 @@ def _check_run(config: Config) -> None:
         raise ValueError(
             f"run.dir: '{folder}' exists; set run.resume=true or choose another run.dir"
         )
-    if config.run.resume and not exists:
-        raise ValueError(f"run.resume: there is no run in '{folder}' to resume; check run.dir")
+    if config.run.resume and not any(folder.glob("checkpoints/step_*")):
+        raise ValueError(
+            f"run.resume: no checkpoint in '{folder}' to go on from; check run.dir, or start a new "
+            "run with run.save_every"
+        )
     check_mirrors(tensorboard=config.run.tensorboard, wandb=config.run.wandb)
 
 
@@ -158,7 +161,7 @@ def _obstacles(config: Config) -> Iterator[str]:
 
 
 def _has_weights(path: str) -> bool:
-    return any(Path(path).glob("*.safetensors*"))
+    return any(Path(path).glob("*.safetensors"))
 
 
 def _weights(config: Config) -> Iterator[str]:
@@ -181,20 +184,15 @@ def _check_ranks(config: Config, world: int) -> None:
 def _check_networks(config: Config) -> None:
     """Check that both networks are supported, divide over the ranks, and reach far enough."""
     tp, pp = config.parallel.tp, config.parallel.pp
-    response = max(config.rollout.max_tokens, config.eval.max_tokens or 0)
-    longest = config.data.max_prompt_tokens + response
     for name, path in _models(config).items():
         check_network_layout(path, tp, pp)
-        positions = architecture(path).max_positions
-        if longest > positions:
-            raise ValueError(
-                f"{name}.path: max_position_embeddings={positions} of '{path}', but "
-                f"data.max_prompt_tokens={config.data.max_prompt_tokens} + the longest response "
-                f"{response} = {longest}; lower data.max_prompt_tokens or rollout.max_tokens"
-            )
+        _check_positions(config, name, path, "rollout.max_tokens", config.rollout.max_tokens)
+    if config.eval.prompts and config.eval.max_tokens:  # the teacher never sees those
+        longest = config.eval.max_tokens
+        _check_positions(config, "student", config.student.path, "eval.max_tokens", longest)
     transformer_config(
         architecture(config.student.path),
-        config.megatron,
+        build.megatron_fields(config),
         dtype=build.DTYPES[config.student.dtype],
         tp=tp,
         pp=pp,
@@ -202,13 +200,23 @@ def _check_networks(config: Config) -> None:
     )
 
 
-def _check_tokenizers(config: Config) -> Any:
+def _check_positions(config: Config, name: str, path: str, key: str, response: int) -> None:
+    positions, prompt = architecture(path).max_positions, config.data.max_prompt_tokens
+    if prompt + response > positions:
+        raise ValueError(
+            f"{name}.path: max_position_embeddings={positions} of '{path}', but "
+            f"data.max_prompt_tokens={prompt} + {key}={response} = {prompt + response}; lower one "
+            "of them"
+        )
+
+
+def _check_tokenizers(config: Config, warn: Callable[[str], None]) -> Any:
     """Return the student's tokenizer, after comparing it with the teacher's and the tables."""
     tokenizers = {name: _load_tokenizer(name, path) for name, path in _models(config).items()}
     student = tokenizers["student"]
     if config.teacher is not None:
         allow = config.teacher.allow_tokenizer_mismatch
-        same_tokenizer(student, tokenizers["teacher"], allow=allow)
+        same_tokenizer(student, tokenizers["teacher"], allow=allow, warn=warn)
     needed = vocab_size(student)
     for name, path in _models(config).items():
         rows = architecture(path).vocab_rows

@@ -31,6 +31,7 @@ def main(config: cfg.Config) -> None:
         for step in range(start + 1, job.steps + 1):
             clock = Clock()
             job.engine.sync()  # first, so that a resumed run never samples with stale weights
+            clock.lap("sync")
             rollouts = job.generate(step)
             clock.lap("rollout")
             microbatches = job.pack(rollouts)

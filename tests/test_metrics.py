@@ -97,10 +97,10 @@ def test_a_record_is_on_disk_at_once_and_the_log_keeps_what_is_said(tmp_path):
 
 
 def test_tensorboard_has_the_same_numbers_and_forgets_what_resuming_forgets(tmp_path):
-    for steps, resume_step in ((range(1, 6), None), (range(4, 7), 3)):
+    for steps, resume_step in ((range(1, 6), 0), (range(4, 7), 3)):
         run = RunLog(tmp_path, {}, tensorboard=True, resume_step=resume_step)
         for step in steps:
-            run.log(step, {"loss/objective": step + (resume_step or 0)})
+            run.log(step, {"loss/objective": step + resume_step})
         run.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -112,7 +112,7 @@ def test_wandb_offline_writes_a_run(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    for resume_step in (None, 1):
+    for resume_step in (0, 1):
         run = RunLog(tmp_path, {"seed": 3}, wandb="opd", resume_step=resume_step)
         run.log(1, {"loss/objective": 0.125})
         run.close()

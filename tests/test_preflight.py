@@ -222,7 +222,7 @@ def test_activations_are_what_autograd_keeps(home, family, tp, sequence_parallel
         (["teacher.path=runs"], 1, "teacher.path: no directory 'runs'"),
         (["data.prompts=[gone.jsonl]"], 1, "data.prompts: no file 'gone.jsonl'"),
         (["eval.prompts=[gone.jsonl]"], 1, "eval.prompts: no file 'gone.jsonl'"),
-        (["run.resume=true"], 1, "run.resume: there is no run in 'runs/one'"),
+        (["run.resume=true"], 1, "run.resume: no checkpoint in 'runs/one' to go on from"),
         (["run.dir=student"], 1, "run.dir: 'student' exists; set run.resume=true or choose"),
         (["run.dir=config.yaml"], 1, "run.dir: 'config.yaml' exists"),
         (["teacher.offload=true"], 1, "teacher.offload: needs a GPU"),
@@ -235,7 +235,7 @@ def test_activations_are_what_autograd_keeps(home, family, tp, sequence_parallel
             ["rollout.max_tokens=300", "train.microbatch_tokens=1000"],
             1,
             "student.path: max_position_embeddings=256 of 'student', but data.max_prompt_tokens=64 "
-            "+ the longest response 300 = 364",
+            "+ rollout.max_tokens=300 = 364; lower one of them",
         ),
         (["objective.k=300"], 1, "objective.k: got 300, expected at most the 259 ids"),
         (
@@ -309,12 +309,36 @@ def test_tables_with_fewer_rows_than_tokens(home):
     )
 
 
-def test_resuming_goes_on_in_a_directory_that_exists(home):
+def test_resuming_goes_on_where_there_is_a_checkpoint(home):
     (home / "runs" / "one").mkdir(parents=True)
     assert check(load(), world=1) == []  # empty: nothing to overwrite
     (home / "runs" / "one" / "metrics.jsonl").touch()
     assert refusal(load()).startswith("run.dir: 'runs/one' exists")
+    assert refusal(load("run.resume=true")).startswith("run.resume: no checkpoint in 'runs/one'")
+    (home / "runs" / "one" / "checkpoints" / "step_000001").mkdir(parents=True)
     assert check(load("run.resume=true"), world=1) == []
+
+
+def test_only_the_student_answers_evaluation_prompts(home):
+    assert check(load("eval.max_tokens=230"), world=1) == [
+        "eval.max_tokens: has no effect in this config"
+    ]
+    words = ["eval.prompts=[prompts.jsonl]", "eval.max_tokens=230"]
+    assert "eval.max_tokens=230 = 294; lower one of them" in refusal(load(*words))
+
+
+def test_preflight_sees_what_megatron_will_be_asked_for(home):
+    words = ["train.recompute=selective", "megatron.recompute_num_layers=2"]
+    assert "recompute" in refusal(load(*words))
+
+
+def test_an_index_without_its_shards_is_no_weights(home):
+    (home / "teacher" / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (home / "teacher" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "teacher.path: 'teacher' has no *.safetensors weights" in refusal(load())
+    plan = preflight(load(), world=1, dry_run=True)
+    assert plan.warnings == ["teacher.path: 'teacher' has no *.safetensors weights"]
 
 
 def test_a_tokenizer_that_loses_spaces_is_refused(home):

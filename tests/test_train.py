@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 import time
 from collections import Counter
@@ -141,16 +142,11 @@ def test_resuming_a_finished_run_changes_nothing_but_the_clock(home):
     assert records(Path("runs/one")) == before
 
 
-def test_resuming_before_the_first_checkpoint_starts_again(home):
-    run(1, "run.save_every=0", "train.steps=3", "run.export=false")
-    before = records(Path("runs/one"))
-    run(1, "run.save_every=0", "train.steps=3", "run.resume=true")
-    assert records(Path("runs/one")) == before
-    assert (
-        "no checkpoint in 'runs/one'; starting from step 1" in Path("runs/one/log.txt").read_text()
-    )
+def test_an_export_that_exists_is_found_before_training(home):
+    run(1, "run.save_every=2", "train.steps=3")
+    shutil.rmtree("runs/one/checkpoints/step_000003")
     with pytest.raises(RuntimeError, match=r"run.export: 'runs/one/hf/step_000003' exists"):
-        run(1, "run.save_every=0", "train.steps=3", "run.resume=true")
+        run(1, "run.save_every=2", "train.steps=3", "run.resume=true")
 
 
 def test_a_resumed_run_says_what_is_another_than_before(home):

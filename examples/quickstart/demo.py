@@ -1,6 +1,6 @@
 """Train a teacher, give a student a weak start, distil on-policy, and show what came of it.
 
-python examples/quickstart/demo.py [--seeds 0 1 2] [section.key=value ...]
+python examples/quickstart/demo.py [section.key=value ...] [--seeds 0 1 2]
 
 Words with a `=` go to the distillation; `seed=1` goes to every stage. All is written to
 runs/quickstart, whose contents are replaced.
@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from task import write_data, write_model
 
 from megatron_opd.config_file import load_config
 from megatron_opd.plots import plot_dynamics, read_metrics
+from megatron_opd.preflight import preflight
 
 HERE = Path(__file__).parent
 ROOT = Path("runs/quickstart")
@@ -36,8 +38,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args()
-    seeds, overrides = _seeds(options.seeds, options.overrides)
     try:
+        seeds, overrides = _seeds(options.seeds, options.overrides)
         check(overrides)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -57,16 +59,26 @@ def main() -> int:
 
 def _seeds(listed: list[int] | None, overrides: list[str]) -> tuple[list[int], list[str]]:
     """Let `seed=3` mean `--seeds 3`: it belongs to all stages."""
-    named = [int(word.removeprefix("seed=")) for word in overrides if word.startswith("seed=")]
-    return listed or named[-1:] or [0], [w for w in overrides if not w.startswith("seed=")]
+    named = [word.removeprefix("seed=") for word in overrides if word.startswith("seed=")]
+    if not all(word.isdecimal() for word in named):
+        raise ValueError(f"seed: got '{named[-1]}', expected a whole number")
+    seeds = listed or [int(word) for word in named[-1:]] or [0]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds: got {seeds}, expected every seed once")
+    return seeds, [word for word in overrides if not word.startswith("seed=")]
 
 
 def check(overrides: list[str]) -> None:
     """Find what is wrong with the overrides before anything is replaced or trained."""
-    load_config([HERE / "distill.yaml"], overrides)
     for word in overrides:
         if word.startswith(("student.", "teacher.path", "data.prompts", "eval.", "run.")):
             raise ValueError(f"'{word}': the demo sets this itself; run distill.yaml alone")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_task(folder, seed=0)
+        moved = [*paths("distill", folder), f"student.path={folder}/models/student"]
+        moved += [f"teacher.path={folder}/models/teacher", *overrides]
+        preflight(load_config([HERE / "distill.yaml"], moved), RANKS, dry_run=True)
 
 
 def say(text: str) -> None:
@@ -78,23 +90,32 @@ def run_seed(seed: int, overrides: list[str]) -> dict:
     """Run all stages of one seed and return what came of it."""
     begin, folder = time.monotonic(), ROOT / f"seed_{seed}"
     say(f"seed {seed}: writing the task, and two models without weights")
-    write_model(folder / "models/teacher", hidden=128, layers=3)
-    write_model(folder / "models/student", hidden=96, layers=2)
-    write_data(folder / "data", train=20_000, test=256, digits=3, seed=seed)
+    write_task(folder, seed)
     for number, stage in enumerate(STAGES, 1):
         say(f"seed {seed}: stage {number} of {len(STAGES)}, {stage}")
         run_stage(stage, seed, folder, overrides if stage == "distill" else [])
     return measure(seed, folder, time.monotonic() - begin)
 
 
-def run_stage(stage: str, seed: int, folder: Path, overrides: list[str]) -> None:
-    """Run one config under torchrun, its paths moved to the folder of this seed."""
-    moved = [
-        f"seed={seed}",
+def write_task(folder: Path, seed: int) -> None:
+    """Write the data of a seed, and both models' configurations and tokenizers."""
+    write_model(folder / "models/teacher", hidden=128, layers=3)
+    write_model(folder / "models/student", hidden=96, layers=2)
+    write_data(folder / "data", train=20_000, test=256, digits=3, seed=seed)
+
+
+def paths(stage: str, folder: Path) -> list[str]:
+    """Return the overrides that move a stage's data and run into the folder of a seed."""
+    return [
         f"data.prompts=[{folder}/data/train.jsonl]",
         f"eval.prompts=[{folder}/data/test.jsonl]",
         f"run.dir={folder}/{stage}",
     ]
+
+
+def run_stage(stage: str, seed: int, folder: Path, overrides: list[str]) -> None:
+    """Run one config under torchrun, its paths moved to the folder of this seed."""
+    moved = [f"seed={seed}", *paths(stage, folder)]
     if stage == "distill":
         moved += [
             f"student.path={model(folder, 'start')}",
