@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +255,7 @@ class PromptStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands, and what it streams over."""
-        return {"epoch": self.epoch, "position": self.position, **self._identity()}
+        return {"epoch": self.epoch, "position": self.position, **self._identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken.
@@ -262,7 +263,7 @@ class PromptStream:
         Raises:
             ValueError: seed, shuffling or the prompts are others.
         """
-        for name, value in self._identity().items():
+        for name, value in self._identity.items():
             if state[name] != value:
                 raise ValueError(
                     f"data: {name} is {value}, but the checkpoint was taken with {state[name]}; "
@@ -270,6 +271,7 @@ class PromptStream:
                 )
         self.epoch, self.position = state["epoch"], state["position"]
 
+    @cached_property
     def _identity(self) -> dict[str, Any]:
         tokens = repr([prompt.token_ids for prompt in self.prompts]).encode()
         return {

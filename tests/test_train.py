@@ -1,7 +1,9 @@
 """The loop as users run it: on-policy and replay jobs, killed and resumed, on real prompts."""
 
 import json
+import logging
 import os
+import re
 import shutil
 import threading
 import time
@@ -61,6 +63,7 @@ def home(tmp_path, monkeypatch):
 
 
 def _main(rank, overrides):
+    logging.getLogger("megatron_opd").setLevel(logging.INFO)  # as the command line does
     train.main(load_config(["config.yaml"], overrides))
 
 
@@ -186,6 +189,14 @@ def test_the_student_comes_nearer_to_its_teacher(home):
     )
     history = records(Path("runs/one"))
     assert history[-1]["distill/reverse_kl"] < 0.8 * history[1]["distill/reverse_kl"]
+
+
+def test_the_console_skips_steps_but_the_records_do_not(home):
+    words = ["train.steps=5", "eval.prompts=[]", "eval.every=0", "run.save_every=0"]
+    run(1, *words, "run.print_every=2", "run.export=false")
+    said = re.findall(r"step (\d)/5 │", Path("runs/one/log.txt").read_text())
+    assert said == ["2", "4", "5"]
+    assert [record["step"] for record in records(Path("runs/one"))] == [1, 2, 3, 4, 5]
 
 
 def test_warnings_are_said_and_kept(home):
