@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sys
+import textwrap
 import time
 import traceback
 import types
@@ -116,7 +117,9 @@ def _reference() -> str:
         for key, field in fields.items():
             path = f"{name}.{key}".lstrip(".")
             given = "required" if field.is_required() else f"default {_shown(field.default)}"
-            lines.append(f"  {path:<34} {_kind(field.annotation)}; {given}")
+            line = f"  {path:<34} {_kind(field.annotation)}; {given}"
+            indent = " " * 37
+            lines += textwrap.wrap(line, 100, subsequent_indent=indent, break_on_hyphens=False)
             lines.append(f"      {field.description}")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)

@@ -22,7 +22,8 @@ from megatron_opd.rollout import RolloutEngine, Sampling
 from megatron_opd.rollout.megatron import MegatronEngine
 from megatron_opd.rollout.replay import ReplayEngine
 from megatron_opd.step import Student, make_student
-from megatron_opd.teacher.megatron import MegatronTeacher
+from megatron_opd.teacher import Teacher
+from megatron_opd.teacher.megatron import MegatronTeacher, Payload
 from megatron_opd.types import Prompt, Reward
 
 log = logging.getLogger("megatron_opd")
@@ -89,12 +90,15 @@ def count_steps(config: cfg.Config, prompts: int) -> int:
     return config.train.steps or prompts // config.train.prompts_per_step * config.train.epochs
 
 
-def samplings(config: cfg.Config, stops: tuple[int, ...]) -> tuple[Sampling, Sampling]:
+def samplings(
+    config: cfg.Config, objective: Objective, stops: tuple[int, ...]
+) -> tuple[Sampling, Sampling]:
     """Return how training responses and how evaluation responses are drawn."""
     r, e = config.rollout, config.eval
     longest = e.max_tokens or r.max_tokens
+    top_ids = objective.k if "rollout_ids_CK" in objective.wants else 0
     return (
-        Sampling(r.max_tokens, r.temperature, r.top_p, r.top_k, stops),
+        Sampling(r.max_tokens, r.temperature, r.top_p, r.top_k, stops, top_ids),
         Sampling(longest, e.temperature, e.top_p, 0, stops),
     )
 
@@ -121,23 +125,43 @@ def build_student(
     return make_student(model, parallel, config.optimizer, steps=steps, vocab_size=vocab_size)
 
 
-def build_teacher(
-    config: cfg.Config, parallel: Parallel, *, vocab_size: int
-) -> MegatronTeacher | None:
-    """Build the frozen teacher beside the student, its vocabulary cut to the student's shards."""
-    if config.teacher is None:
-        return None
-    rows = architecture(config.student.path).vocab_rows
-    model = build_model(
-        config.teacher.path,
-        parallel,
-        dtype=DTYPES[config.teacher.dtype or config.student.dtype],
-        padded_vocab=padded_vocab(rows, parallel.tp),
-        trainable=False,
-        seed=None,
-    )
-    load_hf(model, config.teacher.path, parallel, vocab_size=vocab_size)
-    return MegatronTeacher(model, parallel, vocab_size=vocab_size, offload=config.teacher.offload)
+def judges(config: cfg.Config, objective: Objective) -> dict[str, tuple[cfg.Frozen, Payload]]:
+    """Return the sections of the frozen models that are asked, and what each is to answer."""
+    found: dict[str, tuple[cfg.Frozen, Payload]] = {}
+    if config.teacher is not None:
+        found["teacher"] = config.teacher, config.teacher.payload
+    if config.base is not None:
+        one_token_does = not any(objective.needs_hidden(topk=False))
+        found["base"] = config.base, "sampled" if one_token_does else "hidden"
+    return found
+
+
+def build_judges(
+    config: cfg.Config, objective: Objective, parallel: Parallel, *, vocab_size: int
+) -> dict[str, Teacher]:
+    """Build the frozen models beside the student, their vocabularies cut to its shards."""
+    rows, built = architecture(config.student.path).vocab_rows, {}
+    for name, (section, payload) in judges(config, objective).items():
+        model = build_model(
+            section.path,
+            parallel,
+            dtype=DTYPES[section.dtype or config.student.dtype],
+            padded_vocab=padded_vocab(rows, parallel.tp),
+            trainable=False,
+            seed=None,
+        )
+        load_hf(model, section.path, parallel, vocab_size=vocab_size)
+        built[name] = MegatronTeacher(
+            model,
+            parallel,
+            vocab_size=vocab_size,
+            offload=section.offload,
+            payload=payload,
+            k=objective.k,
+            temperature=objective.teacher_temperature,
+            chunk_tokens=objective.chunk_tokens,
+        )
+    return built
 
 
 def build_eval_engine(config: cfg.Config, student: Student) -> MegatronEngine:
@@ -158,10 +182,27 @@ def build_engine(config: cfg.Config, student: RolloutEngine, tokenizer: Any) -> 
 
 
 def build_objective(config: cfg.Config) -> Objective:
-    """Translate the objective section, and tell the loss how the responses were drawn."""
+    """Translate the objective section, and tell the loss how the responses were drawn.
+
+    Raises:
+        ValueError: a name that is unknown, or options that exclude each other.
+    """
+    section = config.objective
     drawn = config.rollout.engine != "replay"
-    temperature = config.rollout.temperature if drawn else None
-    return Objective(**config.objective.model_dump(), rollout_temperature=temperature)
+    return Objective(
+        **section.model_dump(exclude={"support", "divergence", "weights"}),
+        support=_named("objective.support", section.support),
+        divergence=_named("objective.divergence", section.divergence),
+        weights={_named("objective.weights", name): own for name, own in section.weights.items()},
+        rollout_temperature=config.rollout.temperature if drawn else None,
+        position_bucket=config.metrics.position_bucket,
+        max_tokens=config.rollout.max_tokens,
+    )
+
+
+def _named(key: str, name: str) -> Any:
+    """Return the user's function that "module:attr" names; the loss knows its own names."""
+    return cfg.resolve(key, name, {}) if ":" in name else name
 
 
 def build_reward(config: cfg.Config) -> Reward:

@@ -5,15 +5,15 @@ file is read: code that receives a section trusts it.
 """
 
 import importlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
-Temperature = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -41,8 +41,8 @@ class Student(Section):
     """Type of the weights in forward and backward; the optimizer's copy is always float32."""
 
 
-class Teacher(Section):
-    """The frozen model that judges; not needed when the divergence is cross_entropy."""
+class Frozen(Section):
+    """A model that is asked and never trained."""
 
     path: str
     """Hugging Face directory: config.json, tokenizer and safetensors weights."""
@@ -51,7 +51,18 @@ class Teacher(Section):
     offload: bool = False
     """Keep the weights in host memory between uses; needs a GPU."""
     allow_tokenizer_mismatch: bool = False
-    """Go on although some token ids mean different tokens to student and teacher."""
+    """Go on although some token ids mean different tokens to student and this model."""
+
+
+class Teacher(Frozen):
+    """The frozen model that judges; not needed when the divergence is cross_entropy."""
+
+    payload: Literal["hidden", "topk", "sampled"] = "hidden"
+    """What is kept a token: a hidden state (any support), its top k, the sampled token's logp."""
+
+
+class Base(Frozen):
+    """What the teacher once was: the model that objective.extrapolation starts from."""
 
 
 class Parallel(Section):
@@ -109,23 +120,95 @@ class Rollout(Section):
     """Token ids that end a response, besides the tokenizer's and generation_config's."""
     batch_size: Positive = 64
     """Sequences that one replica decodes together."""
+    mask_truncated: bool = False
+    """Do not supervise responses that were cut at max_tokens."""
+    mask_format: str | None = None
+    """Regular expression that a response must contain to be supervised; null: any will do."""
+
+    @field_validator("mask_format")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(
+                f"rollout.mask_format: got '{pattern}', expected a regular expression: {error}"
+            ) from None
+        return pattern
 
 
 class Objective(Section):
     """What the student minimises: a divergence between student and teacher over a support."""
 
-    support: Literal["sampled", "student_topk", "full"] = "student_topk"
-    """Vocabulary entries compared: the sampled token, the student's k most likely, or all."""
-    divergence: Literal["reverse_kl", "cross_entropy"] = "reverse_kl"
-    """reverse_kl: KL(student ‖ teacher); cross_entropy: −log student(response), no teacher."""
-    k: Positive = 16
-    """Entries of the student_topk support (renormalised in both models) and of overlap metrics."""
-    student_temperature: Temperature = 1.0
+    # what values these may have, alone and together, is `loss.Objective`'s to say
+
+    support: str = "student_topk"
+    """Vocabulary entries that are compared: a built-in name (see the README) or module:function."""
+    divergence: str = "reverse_kl"
+    """reverse_kl, forward_kl, jsd, skew_kl, cross_entropy (no teacher), or module:function."""
+    k: int = 16
+    """Entries of a top-k support, and of the metrics of overlap."""
+    append_sampled: bool = False
+    """Add the sampled token to a top-k support that it is not in."""
+    normalize: Literal["support", "vocab"] = "support"
+    """Where probabilities on a top-k support add up to 1: on the support, or on the vocabulary."""
+    tail: bool = False
+    """Count all mass outside a top-k support as one more entry; wants normalize=vocab."""
+    jsd_beta: float = 0.5
+    """Weight β of the teacher in jsd's mixture βq + (1−β)p."""
+    jsd_rescale: bool = False
+    """Divide jsd by β(1−β): β = 0 is then forward_kl, and β = 1 reverse_kl."""
+    skew_alpha: float = 0.1
+    """Weight α of the teacher in skew_kl, KL(q ‖ αq + (1−α)p)."""
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    """How reverse_kl is estimated from the sampled token, with d = log p − log q: d, d²/2, k3."""
+    form: Literal["direct", "policy_gradient"] = "direct"
+    """Differentiate the divergence, or reward tokens with its negative."""
+    reward_weight: Literal["student_p", "teacher_p", "none"] = "student_p"
+    """What weighs the rewards of a support's entries in a policy gradient."""
+    reward_weight_normalize: bool = True
+    """Make these weights add up to 1 on the support."""
+    center_on_support: bool = False
+    """Subtract the weighted mean of the support's rewards from each."""
+    baseline: Literal["none", "kl", "topk_kl", "mean"] = "none"
+    """Subtracted from a policy gradient's cost: KL(p ‖ q), the same on the top k, or the mean."""
+    reward_floor: float | None = None
+    """Lowest reward; null: none."""
+    reward_cap: float | None = None
+    """Highest reward; null: none."""
+    discount: float = 0.0
+    """Factor γ of later tokens' rewards in a token's own; sampled policy gradient only."""
+    extrapolation: float = 1.0
+    """λ of the target λ log q + (1−λ) log b, with a base model b; 1: the teacher alone."""
+    veto: float = 0.0
+    """β of the target q · p^β: what the student finds unlikely is not asked of it; 0: off."""
+    student_temperature: float = 1.0
     """Divides the student's logits in the loss."""
-    teacher_temperature: Temperature = 1.0
-    """Divides the teacher's logits in the loss."""
-    chunk_tokens: Positive = 1024
-    """Tokens whose logits exist at the same time; smaller needs less memory."""
+    teacher_temperature: float = 1.0
+    """Divides the teacher's logits in the loss, and the base's."""
+    temperature_squared: bool = False
+    """Multiply the loss by the product of both temperatures, which keeps its gradient's size."""
+    weights: dict[str, dict[str, Any]] = {}
+    """Factors of each token's loss: a built-in name or module:function, and its options."""
+    aggregation: Literal[
+        "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
+    ] = "token-mean"
+    """Mean over all tokens, or over responses, of each one's sum, mean, or sum / fixed_length."""
+    fixed_length: int | None = None
+    """Tokens by which seq-mean-token-sum-norm divides the sum of a response."""
+    chunk_tokens: int | None = None
+    """Tokens whose logits exist at the same time; null: as many as fit a fixed memory."""
+
+
+class Metrics(Section):
+    """How often, and on how much, student and teacher are compared beyond what the loss needs."""
+
+    every: Positive = 1
+    """Steps between measurements; the first and the last step are always measured."""
+    token_fraction: Probability = 0.05
+    """Fraction of the supervised tokens that are looked at."""
+    position_bucket: Natural = 0
+    """Tokens of a bucket in metrics by position in the response; 0: no such metrics."""
 
 
 class Optimizer(Section):
@@ -219,10 +302,12 @@ class Config(Section):
     """Seed of the data order, the sampling, and random weights."""
     student: Student
     teacher: Teacher | None = None
+    base: Base | None = None
     parallel: Parallel = Parallel()
     data: Data
     rollout: Rollout = Rollout()
     objective: Objective = Objective()
+    metrics: Metrics = Metrics()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
     eval: Eval = Eval()
@@ -239,11 +324,15 @@ class Config(Section):
 
 
 def _contradictions(c: Config) -> Iterable[tuple[bool, str]]:
-    """Yield (is it so, what to tell the user) for values that exclude each other."""
-    replay, hard = c.rollout.engine == "replay", c.objective.divergence == "cross_entropy"
+    """Yield (is it so, what to tell the user) for sections that exclude each other.
+
+    What excludes what within the objective, `loss.Objective` says.
+    """
+    objective, replay = c.objective, c.rollout.engine == "replay"
+    hard, extrapolates = objective.divergence == "cross_entropy", objective.extrapolation != 1
     yield (
         c.teacher is None and not hard,
-        f"teacher: missing, but divergence={c.objective.divergence} compares with one; set "
+        f"teacher: missing, but divergence={objective.divergence} compares with one; set "
         "teacher.path, or objective.divergence=cross_entropy with objective.support=sampled",
     )
     yield (
@@ -251,18 +340,16 @@ def _contradictions(c: Config) -> Iterable[tuple[bool, str]]:
         "teacher: set, but objective.divergence=cross_entropy uses none; set teacher=null",
     )
     yield (
-        hard and c.objective.support != "sampled",
-        f"objective.support: got '{c.objective.support}', expected 'sampled' with "
-        "objective.divergence=cross_entropy",
+        c.base is None and extrapolates,
+        f"base: missing, but objective.extrapolation={objective.extrapolation:g} starts from one; "
+        "set base.path, or objective.extrapolation=1",
     )
     yield (
-        c.objective.support == "student_topk" and c.objective.k < 2,
-        "objective.k: got 1, expected 2 or more: renormalised over one token, student and teacher "
-        "both give it probability 1 and the gradient is zero; for one token a position set "
-        "objective.support=sampled",
+        c.base is not None and not extrapolates,
+        "base: set, but objective.extrapolation=1 uses none; set base=null",
     )
     yield (
-        replay and not hard and c.objective.support == "sampled",
+        replay and objective.support == "sampled" and objective.divergence == "reverse_kl",
         "objective.support: got 'sampled', which estimates reverse_kl from tokens that the student "
         "draws, but rollout.engine=replay draws none; set student_topk or full",
     )
@@ -300,20 +387,19 @@ def _contradictions(c: Config) -> Iterable[tuple[bool, str]]:
 
 def cautions(c: Config) -> list[str]:
     """Name options that have no effect with the others, and pairs that are seldom meant."""
-    replay, hard = c.rollout.engine == "replay", c.objective.divergence == "cross_entropy"
+    replay, graded = c.rollout.engine == "replay", bool(c.eval.prompts)
     defaults = {name: kind.model_fields for name, kind in sections().items()}
-    graded = bool(c.eval.prompts)
     idle = [
         (c.data.template == "none", "data", ("chat_template_kwargs",)),
         (replay, "rollout", ("temperature", "top_p", "top_k")),
         (replay and not graded, "rollout", ("stop_token_ids", "batch_size")),
-        (hard, "objective", ("k", "teacher_temperature")),
         (c.optimizer.schedule == "constant", "optimizer", ("min_lr",)),
         (c.parallel.tp == 1, "parallel", ("sequence_parallel",)),
         (not c.run.save_every, "run", ("keep",)),
         (not graded, "eval", ("n", "temperature", "top_p", "max_tokens", "reward")),
         (c.eval.temperature == 0, "eval", ("top_p",)),
         (c.train.steps is not None, "train", ("epochs",)),
+        *((here, "objective", names) for here, names in _idle_in_objective(c.objective)),
     ]
     lines = [
         f"{section}.{name}: has no effect in this config"
@@ -326,7 +412,7 @@ def cautions(c: Config) -> list[str]:
             f"rollout.top_p={c.rollout.top_p:g}, rollout.top_k={c.rollout.top_k}: responses come "
             "from a truncated distribution, the loss is over the whole one"
         )
-    if c.objective.support == "sampled" and not hard and not replay:
+    if c.objective.support == "sampled" and c.objective.divergence == "reverse_kl":
         drawn, scored = c.rollout.temperature, c.objective.student_temperature
         if drawn != scored:
             lines.append(
@@ -334,6 +420,18 @@ def cautions(c: Config) -> list[str]:
                 "sampled-token estimate is unbiased only when they are equal"
             )
     return lines
+
+
+def _idle_in_objective(o: Objective) -> Iterable[tuple[bool, tuple[str, ...]]]:
+    """Yield (is it so, options that then change nothing) of what `loss.Objective` accepts."""
+    hard, sampled = o.divergence == "cross_entropy", o.support == "sampled"
+    yield hard, ("k", "teacher_temperature")
+    yield o.divergence != "jsd", ("jsd_beta", "jsd_rescale")
+    yield o.divergence != "skew_kl", ("skew_alpha",)
+    yield not sampled or o.divergence != "reverse_kl", ("estimator",)
+    yield sampled or o.support == "full", ("normalize",)
+    yield sampled or o.form == "direct", ("reward_weight", "reward_weight_normalize")
+    yield o.student_temperature * o.teacher_temperature == 1, ("temperature_squared",)
 
 
 def to_yaml(config: Config) -> str:
@@ -374,9 +472,8 @@ def resolve(key: str, name: str, table: Mapping[str, Any]) -> Any:
     if name in table:
         return table[name]
     module, _, attribute = name.partition(":")
+    known = f"one of {', '.join(table)}, or module:attr" if table else "module:attr"
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{key}: got '{name}' ({error}), expected one of {', '.join(table)}, or module:attr"
-        ) from None
+        raise ValueError(f"{key}: got '{name}' ({error}), expected {known}") from None

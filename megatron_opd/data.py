@@ -289,23 +289,26 @@ def vocab_size(tokenizer: Any) -> int:
 
 def same_tokenizer(
     student: Any,
-    teacher: Any,
+    other: Any,
     *,
+    name: str = "teacher",
     allow: bool = False,
     warn: Callable[[str], None] = log.warning,
 ) -> None:
     """Check that every id is the same token to both, ids that only one of them has included.
 
+    `name` is that of the other's section.
+
     Raises:
         ValueError: it is not, and `allow` is false; with `allow`, the line is a logged warning.
     """
     mine = {index: token for token, index in student.get_vocab().items()}
-    theirs = {index: token for token, index in teacher.get_vocab().items()}
+    theirs = {index: token for token, index in other.get_vocab().items()}
     differ = [i for i in sorted(mine | theirs) if mine.get(i) != theirs.get(i)]
     if not differ:
         return
     first = ", ".join(f"{i}: {mine.get(i)!r} vs {theirs.get(i)!r}" for i in differ[:10])
-    line = f"teacher: {len(differ)} token ids differ from the student's ({first})"
+    line = f"{name}: {len(differ)} token ids differ from the student's ({first})"
     if not allow:
-        raise ValueError(f"{line}; set teacher.allow_tokenizer_mismatch=true if it does not matter")
+        raise ValueError(f"{line}; set {name}.allow_tokenizer_mismatch=true if it does not matter")
     warn(f"{line}; allowed")

@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,14 +20,14 @@ from megatron_opd.packing import needed_microbatches, pack
 from megatron_opd.parallel import Parallel
 from megatron_opd.preflight import preflight
 from megatron_opd.rollout import request_seed
-from megatron_opd.teacher import Teacher
+from megatron_opd.step import Judgement
 from megatron_opd.types import Microbatch, Rollout
 
 log = logging.getLogger("megatron_opd")
 
 
 class Job:
-    """Student, teacher, engine, data and files of one run; every rank calls every method."""
+    """Student, judges, engine, data and files of one run; every rank calls every method."""
 
     def __init__(self, config: cfg.Config, parallel: Parallel):
         self.config, self.parallel = config, parallel
@@ -37,11 +39,11 @@ class Job:
         self.run_log: RunLog | None = None
         size = plan.vocab_size
         self.student = build.build_student(config, parallel, vocab_size=size, steps=self.steps)
-        self.teacher: Teacher | None = build.build_teacher(config, parallel, vocab_size=size)
         self.objective = build.build_objective(config)
+        self.judges = build.build_judges(config, self.objective, parallel, vocab_size=size)
         self.eval_engine = build.build_eval_engine(config, self.student)
         self.engine = build.build_engine(config, self.eval_engine, self.tokenizer)
-        self.sampling, self.eval_sampling = build.samplings(config, plan.stop_ids)
+        self.sampling, self.eval_sampling = build.samplings(config, self.objective, plan.stop_ids)
         self.reward = build.build_reward(config)
 
     def restore(self) -> int:
@@ -97,21 +99,48 @@ class Job:
     def generate(self, step: int) -> list[Rollout]:
         """Write this replica's responses to its share of the step's prompts."""
         prompts = self.stream.take(self.config.train.prompts_per_step)
-        return self.engine.generate(
+        rollouts = self.engine.generate(
             prompts[self.parallel.dp_rank :: self.parallel.dp],
             n=self.config.rollout.n,
             sampling=self.sampling,
             seed=request_seed(self.config.seed, step),
         )
+        return [replace(rollout, masked=self._is_masked(rollout)) for rollout in rollouts]
 
-    def pack(self, rollouts: list[Rollout]) -> list[Microbatch]:
+    def _is_masked(self, rollout: Rollout) -> bool:
+        """Say whether nothing is to be learned from a response."""
+        section = self.config.rollout
+        if section.mask_truncated and rollout.finish == "length":
+            return True
+        if section.mask_format is None:
+            return False
+        return not re.search(section.mask_format, self.tokenizer.decode(rollout.response_ids))
+
+    def pack(self, rollouts: list[Rollout], step: int) -> list[Microbatch]:
         """Pack this replica's rollouts into as many microbatches as every other replica."""
-        limit = self.config.train.microbatch_tokens
+        limit, section = self.config.train.microbatch_tokens, self.config.metrics
         needed = torch.tensor(needed_microbatches(rollouts, limit), device=self.parallel.device)
         dist.all_reduce(needed, dist.ReduceOp.MAX, group=self.parallel.dp_group)
-        multiple = self.parallel.tp if self.parallel.sequence_parallel else 1
-        packed = pack(rollouts, microbatch_tokens=limit, count=int(needed), multiple=multiple)
+        packed = pack(
+            rollouts,
+            microbatch_tokens=limit,
+            count=int(needed),
+            multiple=self.parallel.tp if self.parallel.sequence_parallel else 1,
+            measure_fraction=section.token_fraction if self._measures_at(step) else 0.0,
+            seed=request_seed(self.config.seed, step),
+        )
         return [batch.to(self.parallel.device) for batch in packed]
+
+    def _measures_at(self, step: int) -> bool:
+        return step in (1, self.steps) or step % self.config.metrics.every == 0
+
+    def score(self, microbatches: list[Microbatch]) -> list[Judgement]:
+        """Ask the teacher and the base, where there are such, about every microbatch."""
+        scores = {name: judge.score(microbatches) for name, judge in self.judges.items()}
+        return [
+            Judgement(**{name: of_all[index] for name, of_all in scores.items()})
+            for index in range(len(microbatches))
+        ]
 
     def measure(
         self,
@@ -124,6 +153,7 @@ class Job:
         for rollout in rollouts:
             metrics.mean("rollout/response_tokens", len(rollout.response_ids), 1)
             metrics.mean("rollout/truncated_fraction", rollout.finish == "length", 1)
+            metrics.mean("rollout/masked_fraction", rollout.masked, 1)
         packed = sum(batch.token_T.numel() for batch in microbatches)
         metrics.mean("train/packed_tokens", packed * self.parallel.dp, 1)
         record = metrics.reduce(None, self.parallel.device)
@@ -191,6 +221,7 @@ class Job:
             "response": self.tokenizer.decode(rollout.response_ids),
             "answer": rollout.prompt.answer,
             "finish": rollout.finish,
+            "masked": rollout.masked,
             "tokens": len(rollout.response_ids),
             "logp_mean": sum(rollout.logp) / len(rollout.logp),
         }

@@ -1,18 +1,22 @@
 """How many bytes a run needs on its fullest rank: arithmetic on config.json, nothing is allocated.
 
-Activations are the tensors that the portable layers keep for their backward on a GPU; on a CPU the
-norms keep a copy more. Not counted: what lives within one layer, communication buffers, the CUDA
-context, and what the allocator cannot reuse.
+All of it is a GPU's: activations are the tensors that the portable layers keep for their backward
+there, and the loss takes the memory that it takes there. Not counted: what lives within one layer,
+communication buffers, the CUDA context, and what the allocator cannot reuse.
 """
 
 import math
+from collections.abc import Mapping
 
-from megatron_opd.config import Config
+from megatron_opd.config import Config, Frozen
+from megatron_opd.loss import Objective
+from megatron_opd.loss.shard import ARITHMETIC, FEWEST_TOKENS, LOGITS_BYTES
 from megatron_opd.model import Architecture, architecture, padded_vocab
 from megatron_opd.model.hf_map import manifest, weights
 
 WIDTH = {"bfloat16": 2, "float32": 4}  # bytes
 Memory = dict[str, dict[str, int]]  # phase → what → bytes
+Judges = Mapping[str, tuple[Frozen, str]]  # name → section and payload
 
 
 def count_parameters(path: str) -> int:
@@ -26,19 +30,19 @@ def peak(memory: Memory) -> int:
     return phases.pop("always") + max(phases.values())
 
 
-def estimate(config: Config, dp: int) -> Memory:
+def estimate(config: Config, objective: Objective, judges: Judges, dp: int) -> Memory:
     """Return what is always there, and what each phase of a step adds to it."""
     student = architecture(config.student.path)
     memory: Memory = {
         "always": _training_state(config, student, dp),
         "rollout": {},
         "score": {},
-        "train": _training(config, student),
+        "train": _training(config, objective, judges, student),
     }
     if config.rollout.engine == "megatron" or config.eval.prompts:
         memory["rollout"]["key-value cache"] = _cache(config, student, dp)
-    if config.teacher is not None:
-        _add_teacher(memory, config, dp)
+    if judges:
+        _add_judges(memory, config, judges, dp)
     return memory
 
 
@@ -83,15 +87,20 @@ def _cache(config: Config, student: Architecture, dp: int) -> int:
     return tokens * per_token * WIDTH[config.student.dtype] // (parallel.tp * parallel.pp)
 
 
-def _training(config: Config, student: Architecture) -> dict[str, int]:
-    tp, models = config.parallel.tp, 1 if config.teacher is None else 2
-    columns = padded_vocab(student.vocab_rows, tp) // tp
-    # the logits of every model, and as much as two more in turning them into loss and gradient
-    buffers = models + 2
+def _training(
+    config: Config, objective: Objective, judges: Judges, student: Architecture
+) -> dict[str, int]:
+    columns = padded_vocab(student.vocab_rows, config.parallel.tp) // config.parallel.tp
+    width = WIDTH[config.student.dtype]
+    budget = LOGITS_BYTES["cuda"] // (1 if objective.over_vocabulary else 4)
+    tokens = objective.chunk_tokens or max(FEWEST_TOKENS, budget // (columns * width))
+    models = 1 + sum(payload == "hidden" for _, payload in judges.values())
+    # of the part of a chunk that arithmetic works on: its own, and float32 copies of bfloat16
+    buffers = (8 if judges else 4) + (models if width == 2 else 0)
     return {
         "activations": _activations(config, student),
-        "logits of a chunk, float32": buffers * config.objective.chunk_tokens * columns * 4,
-        "gradient of the head, float32": columns * student.hidden * 4,
+        "logits of a chunk": models * tokens * columns * width,
+        "arithmetic on them, float32": buffers * min(tokens * columns, ARITHMETIC["cuda"]) * 4,
     }
 
 
@@ -112,17 +121,25 @@ def _activations(config: Config, student: Architecture) -> int:
     return int(kept * config.train.microbatch_tokens * width * in_flight)
 
 
-def _add_teacher(memory: Memory, config: Config, dp: int) -> None:
-    assert config.teacher is not None
-    teacher = architecture(config.teacher.path)
-    width = WIDTH[config.teacher.dtype or config.student.dtype]
-    size = _fullest_stage(teacher, config.parallel.tp, config.parallel.pp) * width
-    if config.teacher.offload:  # the loss needs the head
-        columns = padded_vocab(teacher.vocab_rows, config.parallel.tp) // config.parallel.tp
-        memory["always"]["teacher head"] = columns * teacher.hidden * width
-        memory["score"]["teacher weights"] = size - memory["always"]["teacher head"]
-    else:
-        memory["always"]["teacher weights"] = size
-    responses = config.train.prompts_per_step // dp * config.rollout.n
-    held = responses * config.rollout.max_tokens * teacher.hidden * width
-    memory["score"]["teacher hidden states"] = memory["train"]["teacher hidden states"] = held
+def _add_judges(memory: Memory, config: Config, judges: Judges, dp: int) -> None:
+    parallel, kept, away = config.parallel, {}, {}
+    tokens = config.train.prompts_per_step // dp * config.rollout.n * config.rollout.max_tokens
+    for name, (section, payload) in judges.items():
+        arch, width = architecture(section.path), WIDTH[section.dtype or config.student.dtype]
+        size, head = _fullest_stage(arch, parallel.tp, parallel.pp) * width, 0
+        if section.offload and payload == "hidden":  # the loss needs the head
+            columns = padded_vocab(arch.vocab_rows, parallel.tp) // parallel.tp
+            head = memory["always"][f"{name} head"] = columns * arch.hidden * width
+        place = away if section.offload else memory["always"]
+        place[f"{name} weights"] = size - head
+        what, per_token = {
+            "hidden": ("hidden states", arch.hidden * width),
+            "topk": ("top k", config.objective.k * (8 + 4)),  # int64 ids, float32 logarithms
+            "sampled": ("log-probabilities", 4),
+        }[payload]
+        kept[f"{name} {what}"] = tokens * per_token
+    if away:  # they come one after the other
+        largest = max(away, key=lambda name: away[name])
+        memory["score"][largest] = away[largest]
+    memory["score"] |= kept
+    memory["train"] |= kept

@@ -44,11 +44,10 @@ class Metrics:
         """Record a value that is the same on every rank."""
         self.values[name] = value
 
-    def add(self, sums: Mapping[str, Number], maxima: Mapping[str, Number]) -> None:
-        """Add what the loss of one microbatch returned: sums over `sums["tokens"]` tokens."""
-        for name, total in sums.items():
-            if name != "tokens":
-                self.mean(name, total, sums["tokens"])
+    def add(self, means: Mapping[str, tuple[Number, Number]], maxima: Mapping[str, Number]) -> None:
+        """Add what the loss of one microbatch returned: (total, count) of means, and maxima."""
+        for name, (total, count) in means.items():
+            self.mean(name, total, count)
         for name, value in maxima.items():
             self.max(name, value)
 

@@ -2,7 +2,8 @@
 
 A sequence is prompt + response without the last response token: nothing comes after it, so its
 hidden state would predict nothing. Every response token is a target once; the position before it is
-its source. Shapes: T packed tokens · N supervised tokens · S sequences, of one microbatch.
+its source. Shapes: T packed tokens · N targets, M of them measured · K ids · S sequences, of one
+microbatch.
 """
 
 import heapq
@@ -31,11 +32,15 @@ def pack(
     microbatch_tokens: int,
     count: int | None = None,
     multiple: int = 1,
+    measure_fraction: float = 1.0,
+    seed: int = 0,
 ) -> list[Microbatch]:
     """Distribute rollouts over `count` microbatches (default: the fewest) of about equal tokens.
 
     T is filled up to a multiple of `multiple` with one more sequence that no source points into;
-    for this alone T may pass `microbatch_tokens`.
+    for this alone T may pass `microbatch_tokens`. Each supervised token is measured with
+    probability `measure_fraction`, by a draw that depends on `seed` (of the step), its prompt,
+    sample and position alone.
 
     Raises:
         ValueError: as `needed_microbatches`; `count` is below it or above the sequences there are.
@@ -49,7 +54,9 @@ def pack(
             f"{len(rollouts)} sequences, {sum(lengths)} tokens"
         )
     bins = _balance(lengths, count)
-    return [_build([rollouts[i] for i in members], multiple) for members in bins]
+    return [
+        _build([rollouts[i] for i in members], multiple, measure_fraction, seed) for members in bins
+    ]
 
 
 def _lengths(rollouts: Sequence[Rollout], limit: int) -> list[int]:
@@ -98,7 +105,7 @@ def _balance(lengths: list[int], count: int) -> list[list[int]]:
     return [sorted(members) for members in bins]
 
 
-def _build(rollouts: list[Rollout], multiple: int) -> Microbatch:
+def _build(rollouts: list[Rollout], multiple: int, fraction: float, seed: int) -> Microbatch:
     prompt_S = np.array([len(r.prompt.token_ids) for r in rollouts])
     response_S = np.array([len(r.response_ids) for r in rollouts])
     length_S, tokens = prompt_S + response_S - 1, [_joined(r) for r in rollouts]
@@ -108,6 +115,9 @@ def _build(rollouts: list[Rollout], multiple: int) -> Microbatch:
         length_S = np.append(length_S, fill)
     start_S = length_S.cumsum() - length_S
     last_prompt_S = start_S[: len(rollouts)] + prompt_S - 1
+    position_N = _count_up(response_S)
+    mask_S = np.array([not r.masked for r in rollouts], np.float32)
+    measured_N = np.concatenate([_measured(r, fraction, seed) for r in rollouts])
     target_N = np.concatenate([np.array(r.response_ids, np.int64) for r in rollouts])
     logp_N = np.concatenate([np.array(r.logp, np.float32) for r in rollouts])
     return Microbatch(
@@ -115,10 +125,15 @@ def _build(rollouts: list[Rollout], multiple: int) -> Microbatch:
         position_T=torch.from_numpy(_count_up(length_S)),
         cu_seqlens=torch.from_numpy(np.append(0, length_S.cumsum()).astype(np.int32)),
         max_seqlen=int(length_S.max()),
-        source_N=torch.from_numpy(np.repeat(last_prompt_S, response_S) + _count_up(response_S)),
+        source_N=torch.from_numpy(np.repeat(last_prompt_S, response_S) + position_N),
         target_N=torch.from_numpy(target_N),
-        weight_N=torch.ones(len(target_N)),
+        mask_N=torch.from_numpy(np.repeat(mask_S, response_S)),
         rollout_logp_N=torch.from_numpy(logp_N),
+        position_N=torch.from_numpy(position_N),
+        sequence_N=torch.from_numpy(np.repeat(np.arange(len(rollouts)), response_S)),
+        sequences=len(rollouts),
+        measured_M=torch.from_numpy(np.flatnonzero(measured_N)),
+        rollout_ids_NK=_top_ids(rollouts),
     )
 
 
@@ -129,3 +144,18 @@ def _joined(rollout: Rollout) -> np.ndarray:
 def _count_up(length_S: np.ndarray) -> np.ndarray:
     """Return 0 … length-1 for every length, one after the other."""
     return np.arange(length_S.sum()) - np.repeat(length_S.cumsum() - length_S, length_S)
+
+
+def _measured(rollout: Rollout, fraction: float, seed: int) -> np.ndarray:
+    """Say of each response token whether it is measured; a generator of the rollout's own draws."""
+    if rollout.masked:
+        return np.zeros(len(rollout.response_ids), bool)
+    draw = np.random.default_rng((seed, rollout.prompt.index, rollout.sample))
+    return draw.random(len(rollout.response_ids)) < fraction
+
+
+def _top_ids(rollouts: list[Rollout]) -> torch.Tensor | None:
+    ids = [r.top_ids for r in rollouts if r.top_ids is not None]
+    if len(ids) < len(rollouts):
+        return None
+    return torch.from_numpy(np.concatenate(ids).astype(np.int64))

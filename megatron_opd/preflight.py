@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opd import build, memory, platform
-from megatron_opd.config import Config, cautions
+from megatron_opd.config import Config, Frozen, cautions
 from megatron_opd.data import same_tokenizer, vocab_size
 from megatron_opd.metrics import check_mirrors
 from megatron_opd.model import architecture, check_files
@@ -76,6 +76,7 @@ def check(config: Config, world: int, *, dry_run: bool = False) -> list[str]:
         for file in files:
             if not Path(file).is_file():
                 raise ValueError(f"{section}.prompts: no file '{file}'")
+    _check_objective(config)
     build.build_reward(config)
     _check_run(config)
     warnings = cautions(config)
@@ -121,8 +122,13 @@ def preflight(config: Config, world: int, *, dry_run: bool = False) -> Plan:
 
 
 def _models(config: Config) -> dict[str, str]:
-    folders = {"student": config.student.path}
-    return folders if config.teacher is None else {**folders, "teacher": config.teacher.path}
+    return {"student": config.student.path, **{n: s.path for n, s in _frozen(config).items()}}
+
+
+def _frozen(config: Config) -> dict[str, Frozen]:
+    """Return the sections of the models that are asked and never trained."""
+    sections = {"teacher": config.teacher, "base": config.base}
+    return {name: section for name, section in sections.items() if section is not None}
 
 
 def _check_model_folder(name: str, path: Path) -> None:
@@ -132,6 +138,20 @@ def _check_model_folder(name: str, path: Path) -> None:
         raise ValueError(f"{name}.path: '{path}' has no config.json, expected a Hugging Face model")
     if not any(path.glob("tokenizer*")):
         raise ValueError(f"{name}.path: '{path}' has no tokenizer files; copy them there")
+
+
+def _check_objective(config: Config) -> None:
+    """Check the objective, and that engine and teacher will give it what it wants."""
+    objective = build.build_objective(config)
+    if config.rollout.engine == "replay" and "rollout_ids_CK" in objective.wants:
+        raise ValueError(
+            f"objective.support: got '{config.objective.support}', which wants the ids that the "
+            "engine found most likely, but rollout.engine=replay writes nothing; set student_topk"
+        )
+    payload = config.teacher.payload if config.teacher else "hidden"
+    if payload != "hidden":
+        for obstacle in objective.needs_hidden(topk=payload == "topk"):
+            raise ValueError(f"teacher.payload: got '{payload}', but {obstacle}")
 
 
 def _check_run(config: Config) -> None:
@@ -155,9 +175,9 @@ def _obstacles(config: Config) -> Iterator[str]:
         drawn = name == "student" and config.student.init == "random"
         if not drawn and not _has_weights(path):
             yield f"{name}.path: '{path}' has no *.safetensors weights"
-    offload = config.teacher is not None and config.teacher.offload
-    if offload and platform.device().type == "cpu":
-        yield "teacher.offload: needs a GPU, and there is none; set teacher.offload=false"
+    for name, section in _frozen(config).items():
+        if section.offload and platform.device().type == "cpu":
+            yield f"{name}.offload: needs a GPU, and there is none; set {name}.offload=false"
 
 
 def _has_weights(path: str) -> bool:
@@ -168,8 +188,9 @@ def _weights(config: Config) -> Iterator[str]:
     """Yield the directories whose weights will be read, and are there."""
     if config.student.init == "hf" and _has_weights(config.student.path):
         yield config.student.path
-    if config.teacher is not None and _has_weights(config.teacher.path):
-        yield config.teacher.path
+    for section in _frozen(config).values():
+        if _has_weights(section.path):
+            yield section.path
 
 
 def _check_ranks(config: Config, world: int) -> None:
@@ -182,12 +203,12 @@ def _check_ranks(config: Config, world: int) -> None:
 
 
 def _check_networks(config: Config) -> None:
-    """Check that both networks are supported, divide over the ranks, and reach far enough."""
+    """Check that all networks are supported, divide over the ranks, and reach far enough."""
     tp, pp = config.parallel.tp, config.parallel.pp
     for name, path in _models(config).items():
         check_network_layout(path, tp, pp)
         _check_positions(config, name, path, "rollout.max_tokens", config.rollout.max_tokens)
-    if config.eval.prompts and config.eval.max_tokens:  # the teacher never sees those
+    if config.eval.prompts and config.eval.max_tokens:  # only the student sees those
         longest = config.eval.max_tokens
         _check_positions(config, "student", config.student.path, "eval.max_tokens", longest)
     transformer_config(
@@ -211,12 +232,12 @@ def _check_positions(config: Config, name: str, path: str, key: str, response: i
 
 
 def _check_tokenizers(config: Config, warn: Callable[[str], None]) -> Any:
-    """Return the student's tokenizer, after comparing it with the teacher's and the tables."""
+    """Return the student's tokenizer, after comparing it with the others' and the tables."""
     tokenizers = {name: _load_tokenizer(name, path) for name, path in _models(config).items()}
     student = tokenizers["student"]
-    if config.teacher is not None:
-        allow = config.teacher.allow_tokenizer_mismatch
-        same_tokenizer(student, tokenizers["teacher"], allow=allow, warn=warn)
+    for name, section in _frozen(config).items():
+        allow = section.allow_tokenizer_mismatch
+        same_tokenizer(student, tokenizers[name], name=name, allow=allow, warn=warn)
     needed = vocab_size(student)
     for name, path in _models(config).items():
         rows = architecture(path).vocab_rows
@@ -278,6 +299,8 @@ def _load_tokenizer(name: str, path: str) -> Any:
 def render(plan: Plan) -> str:
     """Return the plan as the table that `--dry-run` prints."""
     config, parallel = plan.config, plan.config.parallel
+    objective = build.build_objective(config)
+    judges = build.judges(config, objective)
     lines = [
         f"{name:<8}  {memory.count_parameters(path):,} parameters, {path}"
         for name, path in _models(config).items()
@@ -292,7 +315,7 @@ def render(plan: Plan) -> str:
         f"step      at most {plan.tokens_per_step:,} tokens; a replica has "
         f"{plan.sequences_per_replica:,} sequences in at most {plan.microbatches:,} microbatches",
         "",
-        *_memory_table(memory.estimate(config, plan.dp)),
+        *_memory_table(memory.estimate(config, objective, judges, plan.dp)),
     ]
     return "\n".join(lines + [f"warning: {line}" for line in plan.warnings])
 

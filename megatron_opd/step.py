@@ -1,14 +1,15 @@
 """One optimiser update: microbatch schedule, global token normaliser, clip, scheduler.
 
-Gradients are sums over tokens until the very end, where Megatron divides them once by the number of
-supervised tokens of the whole step (`calculate_per_token_loss`): a token weighs the same wherever
-it was packed and whichever replica holds it.
+Gradients are sums until the very end, where Megatron divides them once by the number of supervised
+tokens, or sequences, of the whole step (`calculate_per_token_loss`): a token weighs the same
+wherever it was packed and whichever replica holds it.
 """
 
+import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.distributed import (
@@ -26,9 +27,16 @@ from megatron_opd.metrics import Metrics
 from megatron_opd.model import enter_head
 from megatron_opd.model.pipeline import run_schedule
 from megatron_opd.parallel import Parallel
-from megatron_opd.types import Head, HiddenScores, Microbatch
+from megatron_opd.types import Head, Microbatch, Scores
 
-Scores = Sequence[HiddenScores | None]
+log = logging.getLogger("megatron_opd")
+
+
+class Judgement(NamedTuple):
+    """What the frozen models say of one microbatch (last pipeline stage; elsewhere None)."""
+
+    teacher: Scores | None = None
+    base: Scores | None = None
 
 
 @dataclass(frozen=True)
@@ -43,8 +51,13 @@ class Student:
     vocab_size: int
 
     def head(self) -> Head:
-        """Return the output projection (last pipeline stage only)."""
-        return self.model.head(self.vocab_size)
+        """Return the output projection to train (last pipeline stage only).
+
+        The loss adds the weight's gradient to Megatron's buffer at once, where the embedding's, if
+        they are tied, is added in the backward.
+        """
+        head = self.model.head(self.vocab_size)
+        return replace(head, gradient_VH=head.weight_VH.main_grad)
 
 
 def make_student(
@@ -60,9 +73,9 @@ def make_student(
         module=model,
     )
     adamw = get_megatron_optimizer(_optimizer_config(optimizer, model.config.params_dtype), [ddp])
+    assert float(adamw.get_loss_scale()) == 1.0, "the head's gradient would be without it"
     model.config.grad_scale_func = adamw.scale_loss
     model.config.no_sync_func = ddp.no_sync
-    model.config.finalize_model_grads_func = finalize_model_grads
     return Student(
         model=model,
         ddp=ddp,
@@ -108,12 +121,15 @@ def _scheduler(adamw: Any, optimizer: cfg.Optimizer, steps: int) -> OptimizerPar
 
 
 def train_step(
-    student: Student, microbatches: Sequence[Microbatch], scores: Scores, objective: Objective
+    student: Student,
+    microbatches: Sequence[Microbatch],
+    judgements: Sequence[Judgement],
+    objective: Objective,
 ) -> Metrics:
     """Take one optimiser step on all microbatches of all replicas; return what it measured.
 
-    Collective over every rank. `scores[i]` judges `microbatches[i]` (last stage; None without a
-    teacher).
+    Collective over every rank. `judgements[i]` is of `microbatches[i]`. A step without a single
+    supervised token changes no weight, and warns.
 
     Raises:
         FloatingPointError: the gradient is not finite; on every rank.
@@ -122,19 +138,24 @@ def train_step(
     model.train()
     student.ddp.zero_grad_buffer()
     student.optimizer.zero_grad()
-    metrics = Metrics()
+    metrics, counts = Metrics(), []
 
     def loss(index: int, hidden: Tensor):
         batch = microbatches[index]
-        hidden_TH = enter_head(hidden, student.parallel)
-        total, sums, maxima = objective(
-            hidden_TH.index_select(0, batch.source_N), student.head(), batch, scores[index]
-        )
-        metrics.add(sums, maxima)
-        return total, torch.tensor(batch.target_N.numel(), dtype=torch.int), None
+        hidden_NH = enter_head(hidden, student.parallel).index_select(0, batch.source_N)
+        judged = objective(hidden_NH, student.head(), batch, *judgements[index])
+        metrics.add(judged.means, judged.maxima)
+        return judged.loss, judged.count, None
 
+    def finalize(chunks: list, count: Tensor, **how):
+        finalize_model_grads(chunks, count, **how)
+        counts.append(count)  # by now the sum over all ranks
+
+    model.config.finalize_model_grads_func = finalize
     run_schedule(student.ddp, microbatches, loss, forward_only=False)
     student.scheduler.step(1)
+    if not counts[0]:
+        _stand_still(student)
     _, grad_norm, _ = student.optimizer.step()
     if not math.isfinite(grad_norm):  # the norm is global: every rank stops, and none waits
         raise FloatingPointError(
@@ -144,3 +165,11 @@ def train_step(
     metrics.set("optim/grad_norm", float(grad_norm))
     metrics.set("optim/lr", student.optimizer.param_groups[0]["lr"])
     return metrics
+
+
+def _stand_still(student: Student) -> None:
+    """Keep the weights where they are: without a gradient, momentum and decay would move them."""
+    if student.parallel.is_main:
+        log.warning("no token of this step is supervised: nothing is learned from it")
+    for group in student.optimizer.param_groups:
+        group["lr"] = 0.0  # until the scheduler's next step

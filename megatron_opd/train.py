@@ -34,11 +34,11 @@ def main(config: cfg.Config) -> None:
             clock.lap("sync")
             rollouts = job.generate(step)
             clock.lap("rollout")
-            microbatches = job.pack(rollouts)
-            scores = job.teacher.score(microbatches) if job.teacher else [None] * len(microbatches)
+            microbatches = job.pack(rollouts, step)
+            judgements = job.score(microbatches)
             clock.lap("score")
-            metrics = train_step(job.student, microbatches, scores, job.objective)
-            del scores  # hidden states of every token: gone before the next rollout
+            metrics = train_step(job.student, microbatches, judgements, job.objective)
+            del judgements  # hidden states of every token: gone before the next rollout
             clock.lap("train")
             record = job.measure(metrics, rollouts, microbatches, clock.read())
             if job.evaluates_at(step):

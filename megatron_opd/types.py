@@ -5,9 +5,10 @@ tokens) of a microbatch · H hidden size · K support size · V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +38,10 @@ class Rollout:
     response_ids: tuple[int, ...]
     logp: tuple[float, ...]
     finish: Literal["stop", "length"]
+    top_ids: np.ndarray | None = field(default=None, compare=False)
+    """[T, k] int32: the student's k most likely ids at every response token, best first, as the
+    engine saw them before it truncated; None: not asked for."""
+    masked: bool = False  # generated and packed, but not supervised
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class Microbatch:
     """Packed sequences of one forward: no padding between them, each attends to itself only.
 
     `source_N[i]` is the packed position whose hidden state predicts `target_N[i]`; every response
-    token of every sequence appears exactly once among the targets.
+    token of every sequence appears exactly once among the targets. Sequences are numbered from 0 to
+    `sequences` - 1, in the order of their targets.
     """
 
     token_T: Tensor  # [T] int64
@@ -53,13 +59,20 @@ class Microbatch:
     max_seqlen: int
     source_N: Tensor  # [N] int64
     target_N: Tensor  # [N] int64
-    weight_N: Tensor  # [N] fp32, the per-token factor w_t
+    mask_N: Tensor  # [N] fp32: 1 supervised, 0 not
     rollout_logp_N: Tensor  # [N] fp32, the engine's log p of the target
+    position_N: Tensor  # [N] int64, of the target in its response, from 0
+    sequence_N: Tensor  # [N] int64, the sequence of the target
+    sequences: int
+    measured_M: Tensor  # [M] int64, ascending: the targets that metrics look at; on the host
+    rollout_ids_NK: Tensor | None = None  # [N, K] int64, the engine's top ids
 
     def to(self, device: torch.device) -> "Microbatch":
-        """Return the same microbatch with every tensor on `device`."""
+        """Return the same microbatch with every tensor but `measured_M` on `device`."""
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            name: value.to(device, non_blocking=True)
+            if isinstance(value, Tensor) and name != "measured_M"
+            else value
             for name, value in vars(self).items()
         }
         return Microbatch(**moved)
@@ -67,7 +80,9 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class Head:
-    """A vocabulary-parallel output projection: logits = hidden @ weight.T, this rank's rows.
+    """A vocabulary-parallel output projection, this rank's rows:
+
+        logits = h @ weight.T + bias, and then softcap · tanh(logits / softcap)
 
     Rank r of `group` holds rows r·V_local … (r+1)·V_local of the padded vocabulary. Rows at or
     above `vocab_size` are padding and belong to nobody.
@@ -76,6 +91,11 @@ class Head:
     weight_VH: Tensor  # [V_local, H]
     vocab_size: int  # real entries, over all ranks
     group: Any = None  # tensor-parallel process group; None: one rank holds all
+    bias_V: Tensor | None = None  # [V_local]
+    softcap: float | None = None
+    gradient_VH: Tensor | None = None
+    """Where the loss adds the gradient of `weight_VH`, at once (Megatron's main_grad); the loss is
+    then to be back-propagated with a factor of 1. None: autograd gets it."""
 
 
 @dataclass(frozen=True)
@@ -89,5 +109,24 @@ class HiddenScores:
     hidden_NH: Tensor  # [N, H_teacher], aligned with Microbatch.target_N
     head: Head
 
+
+@dataclass(frozen=True)
+class TopKScores:
+    """The teacher's k most probable entries at every supervised token: 12·k bytes a token."""
+
+    ids_NK: Tensor  # [N, K] int64, most probable first
+    logp_NK: Tensor  # [N, K] log-probabilities over the whole vocabulary, at `temperature`
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class SampledScores:
+    """The teacher's log-probability of every supervised token: 4 bytes a token."""
+
+    logp_N: Tensor  # [N], at `temperature`
+    temperature: float = 1.0
+
+
+Scores = HiddenScores | TopKScores | SampledScores
 
 Reward = Callable[[str, Prompt], float]  # (response text, prompt) → score

@@ -9,7 +9,7 @@ from megatron_opd import parallel as mesh
 from megatron_opd.loss import Objective
 from megatron_opd.model import build_model, export_hf
 from megatron_opd.packing import pack
-from megatron_opd.step import make_student, train_step
+from megatron_opd.step import Judgement, make_student, train_step
 from megatron_opd.teacher.megatron import MegatronTeacher
 from tests.distributed import run_ranks
 from tests.tiny import VOCAB, make_rollouts, qwen3
@@ -34,7 +34,8 @@ def _run(student, teacher, steps):
     for step in steps:
         rollouts = make_rollouts([(3, 5), (4, 9), (2, 3), (6, 6)], seed=step)
         batches = pack(rollouts[parallel.dp_rank :: parallel.dp], microbatch_tokens=30)
-        metrics = train_step(student, batches, teacher.score(batches), OBJECTIVE)
+        judgements = [Judgement(scores) for scores in teacher.score(batches)]
+        metrics = train_step(student, batches, judgements, OBJECTIVE)
         history.append(metrics.reduce(None, parallel.device))
     return history
 

@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pydantic import ValidationError
 
 from megatron_opd.config import Config, cautions, resolve, sections, to_yaml
 from megatron_opd.config_file import load_config
+from megatron_opd.loss import Objective
 
 MINIMAL = """
 student: {path: small}
@@ -169,10 +171,14 @@ def test_a_missing_file_and_an_empty_one(tmp_path):
             "teacher: set, but objective.divergence=cross_entropy uses none",
         ),
         (
-            ["teacher=null", "objective.divergence=cross_entropy"],
-            "objective.support: got 'student_topk', expected 'sampled'",
+            ["objective.extrapolation=1.25"],
+            "base: missing, but objective.extrapolation=1.25 starts from one",
         ),
-        (["objective.k=1"], "objective.k: got 1, expected 2 or more"),
+        (["base={path: start}"], "base: set, but objective.extrapolation=1 uses none"),
+        (
+            ["rollout.mask_format='('"],
+            "rollout.mask_format: got '(', expected a regular expression: missing )",
+        ),
         (["rollout.temperature=0"], "rollout.temperature: got 0, expected more than 0"),
         (["rollout.engine=replay"], "rollout.n: got 4, expected 1 with rollout.engine=replay"),
         (
@@ -195,7 +201,9 @@ def test_values_that_exclude_each_other(refusal, overrides, line):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["objective.support=sampled", "objective.k=1"],  # k=1 is then of the metrics alone
+        ["base={path: start, offload: true}", "objective.extrapolation=1.25"],
+        ["objective.weights={tis: {cap: 3.0}, my_weights:decay: {}}"],
+        ["rollout.mask_format='boxed\\{.*\\}'", "rollout.mask_truncated=true"],
         ["objective.support=full", "rollout.engine=replay", "rollout.n=1", "rollout.temperature=0"],
         ["train.microbatch_tokens=8192"],
         ["eval.n=4", "eval.temperature=0.7"],
@@ -224,6 +232,33 @@ def test_values_that_agree(load, overrides):
             ["rollout.engine=replay", "rollout.n=1", "rollout.top_p=0.9", "rollout.batch_size=3"],
             ["rollout.top_p: has no effect", "rollout.batch_size: has no effect"],
         ),
+        (["objective.jsd_beta=0.3"], ["objective.jsd_beta: has no effect"]),
+        (["objective.jsd_beta=0.3", "objective.divergence=jsd"], []),
+        (["objective.skew_alpha=0.3"], ["objective.skew_alpha: has no effect"]),
+        (["objective.skew_alpha=0.3", "objective.divergence=skew_kl"], []),
+        (
+            ["objective={form: policy_gradient, reward_weight: none}"],
+            [],
+        ),
+        (["objective.reward_weight=none"], ["objective.reward_weight: has no effect"]),
+        (
+            [
+                "objective={form: policy_gradient, reward_weight: none, support: sampled}",
+                "objective.normalize=vocab",
+            ],
+            ["objective.normalize: has no effect", "objective.reward_weight: has no effect"],
+        ),
+        (["objective.estimator=k2"], ["objective.estimator: has no effect"]),
+        (["objective.estimator=k2", "objective.support=sampled"], []),
+        (["objective.support=full", "objective.k=8"], []),  # of the metrics
+        (["objective.temperature_squared=true"], ["objective.temperature_squared: has no effect"]),
+        (
+            [
+                "teacher=null",
+                "objective={divergence: cross_entropy, support: sampled, k: 8}",
+            ],
+            ["objective.k: has no effect"],
+        ),
         (
             ["data.template=none", "data.chat_template_kwargs={a: 1}"],
             ["data.chat_template_kwargs: has no effect"],
@@ -250,6 +285,8 @@ def test_resolve_finds_built_ins_and_attributes():
     for name in ("three", "json:nothing", "no_such_module:x", ":", ""):
         with pytest.raises(ValueError, match=r"^key: .*expected one of two, or module:attr"):
             resolve("key", name, {"two": 2})
+    with pytest.raises(ValueError, match=r"^key: got 'json:nothing' .*expected module:attr"):
+        resolve("key", "json:nothing", {})
 
 
 def test_the_config_needs_no_torch():
@@ -260,3 +297,13 @@ def test_the_config_needs_no_torch():
 
 def test_config_is_the_root_of_sections():
     assert sections()[""] is Config and list(sections())[1:3] == ["student", "teacher"]
+
+
+def test_what_the_loss_gets_is_named_as_it_names_it():
+    """Every option of the objective is one of the loss, which is told the rest by `build`."""
+    ours = {field.name for field in dataclasses.fields(Objective)}
+    told = {"rollout_temperature", "position_bucket", "max_tokens"}
+    section = sections()["objective"].model_fields
+    assert ours - told == set(section)
+    defaults = {name: field.default for name, field in section.items()}
+    assert defaults == {name: getattr(Objective(), name) for name in section}

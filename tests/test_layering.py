@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "metrics": {"types"},
     "loss": {"types"},
     "model": {"parallel", "platform", "types"},
-    "memory": {"config", "model"},
+    "memory": {"config", "loss", "model"},
     "teacher": {"config", "loss", "model", "parallel", "platform", "types"},
     "rollout": {"config", "model", "parallel", "platform", "types"},
     "step": {"config", "loss", "metrics", "model", "parallel", "platform", "types"},

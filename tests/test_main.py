@@ -47,15 +47,17 @@ def test_help_has_every_key_and_comes_at_once(tmp_path):
         for key, field in kind.model_fields.items():
             if key not in sections():
                 path = f"{name}.{key}".lstrip(".")
-                assert re.search(
-                    rf"^  {re.escape(path)} +\S.*; (required|default .+)$", answer.stdout, re.M
-                )
+                entry = rf"^  {re.escape(path)} +\S[^;]*; (required|default .+)$"
+                assert re.search(entry, answer.stdout, re.M)
                 assert str(field.description) in answer.stdout
     assert (
         "  teacher.dtype                      bfloat16 | float32 | null; default null"
         in answer.stdout
     )
     assert "  data.prompts                       list; required" in answer.stdout
+    kinds = "token-mean | seq-mean-token-sum | seq-mean-token-mean |\n"  # goes on below
+    kinds += " " * 37 + "seq-mean-token-sum-norm; default token-mean\n"
+    assert f"  objective.aggregation              {kinds}" in answer.stdout
     assert max(map(len, answer.stdout.splitlines())) <= 100
 
 

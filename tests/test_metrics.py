@@ -20,9 +20,13 @@ def _measure(rank):
     metrics = Metrics()
     metrics.set("optim/lr", 0.5)
     if rank >= 2:
-        sums = {"tokens": torch.tensor(10.0 ** (rank - 1)), "student/nll": torch.tensor(1.0)}
-        metrics.add(sums, {"policy/mismatch_max": torch.tensor(-float(rank))})
-        metrics.add(sums, {"policy/mismatch_max": -9.0})
+        means = {
+            "student/nll": (torch.tensor(1.0), torch.tensor(10 ** (rank - 1))),
+            "distill/overlap_ratio": (torch.tensor(float(rank)), torch.tensor(1)),
+            "unmeasured": (torch.tensor(0.0), torch.tensor(0)),
+        }
+        metrics.add(means, {"policy/mismatch_max": torch.tensor(-float(rank))})
+        metrics.add(means, {"policy/mismatch_max": -9.0})
     if rank == 3:
         metrics.mean("rollout/response_tokens", 30, 4)
         metrics.mean("never", 0.0, 0)
@@ -33,6 +37,7 @@ def test_reduction_is_a_global_mean_and_ranks_may_hold_nothing():
     for merged in run_ranks(_measure, 4):
         assert merged == {
             "student/nll": pytest.approx(4 / 220, rel=1e-12),  # not the mean of 1/10 and 1/100
+            "distill/overlap_ratio": 2.5,  # each mean has its own count
             "rollout/response_tokens": 7.5,
             "policy/mismatch_max": -2.0,
             "optim/lr": 0.5,

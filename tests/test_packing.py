@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def test_every_response_token_is_supervised_once_by_its_predecessor(sizes, data)
         # ids are unique and consecutive: the predecessor of a token is the id before it
         assert torch.equal(mb.token_T[mb.source_N] + 1, mb.target_N)
         assert torch.equal(mb.rollout_logp_N, -mb.target_N.float())
-        assert torch.equal(mb.weight_N, torch.ones(len(mb.target_N)))
+        assert torch.equal(mb.mask_N, torch.ones(len(mb.target_N)))
         for token in mb.target_N.tolist():
             assert token not in supervised
             supervised[token] = True
@@ -111,6 +112,80 @@ def test_the_order_of_rollouts_changes_no_supervision(sizes, random):
     assert supervised(rollouts) == supervised(shuffled)
 
 
+@settings(deadline=None)
+@given(size_lists, st.data())
+def test_targets_know_their_response_and_whether_it_is_supervised(sizes, data):
+    masked = data.draw(st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes)))
+    rollouts = [
+        replace(
+            rollout,
+            masked=mask,
+            top_ids=np.array(rollout.response_ids, np.int32)[:, None] + np.arange(3, dtype="i4"),
+        )
+        for rollout, mask in zip(make_rollouts(sizes), masked, strict=True)
+    ]
+    home = {token: r for r in rollouts for token in r.response_ids}
+    for mb in pack(rollouts, microbatch_tokens=LIMIT):
+        owners = [home[token] for token in mb.target_N.tolist()]
+        positions = [r.response_ids.index(t) for r, t in zip(owners, mb.target_N, strict=True)]
+        assert mb.position_N.tolist() == positions
+        assert mb.mask_N.tolist() == [not r.masked for r in owners]
+        assert torch.equal(mb.rollout_ids_NK, mb.target_N[:, None] + torch.arange(3))
+        assert mb.sequence_N.diff().ge(0).all() and mb.sequence_N.max() == mb.sequences - 1
+        numbers = {(int(s), r.prompt.index) for s, r in zip(mb.sequence_N, owners, strict=True)}
+        assert len(numbers) == mb.sequences == len({r.prompt.index for r in owners})
+
+
+def measured(rollouts, **how):
+    """The tokens that metrics look at, whatever microbatch they are in."""
+    packed = pack(rollouts, microbatch_tokens=LIMIT, **how)
+    assert all(mb.measured_M.diff().gt(0).all() for mb in packed)
+    return sorted(token for mb in packed for token in mb.target_N[mb.measured_M].tolist())
+
+
+@settings(deadline=None)
+@given(size_lists, st.data())
+def test_the_measured_tokens_depend_on_no_packing(sizes, data):
+    fraction, seed = data.draw(st.floats(0, 1)), data.draw(st.integers(0, 2**63 - 1))
+    replicas = data.draw(st.integers(1, len(sizes)))
+    rollouts = [
+        replace(r, masked=data.draw(st.booleans()), sample=i % 3)
+        for i, r in enumerate(make_rollouts(sizes))
+    ]
+    how = dict(measure_fraction=fraction, seed=seed)
+    one = measured(rollouts, **how)
+    shuffled = data.draw(st.permutations(rollouts))
+    assert measured(shuffled, count=len(rollouts), multiple=2, **how) == one
+    shared = [measured(rollouts[rank::replicas], **how) for rank in range(replicas)]
+    assert sorted(token for part in shared for token in part) == one
+    supervised = sorted(token for r in rollouts if not r.masked for token in r.response_ids)
+    assert set(one) <= set(supervised)
+    assert measured(rollouts, measure_fraction=1.0, seed=seed) == supervised
+    assert measured(rollouts, measure_fraction=0.0, seed=seed) == []
+
+
+def test_the_measured_tokens_are_a_fair_sample_and_another_every_step():
+    (rollout, other) = make_rollouts([(1, 60)] * 2)
+    rollouts = [replace(r, sample=s) for r in (rollout, other) for s in range(40)]
+
+    def chosen(seed):
+        packed = pack(rollouts, microbatch_tokens=10_000, measure_fraction=0.25, seed=seed)[0]
+        flags = torch.zeros(80, 60)
+        flags.view(-1)[packed.measured_M] = 1
+        return flags
+
+    one, next_step = chosen(1), chosen(2)
+    assert abs(one.mean() - 0.25) < 0.025  # 4,800 draws: 4 standard deviations
+    for sample, another in ((one, next_step), (one[:40], one[40:]), (one[1:], one[:-1])):
+        assert abs((sample * another).mean() - 0.0625) < 0.025  # independent of one another
+
+
+def test_a_rollout_without_the_engines_ids_leaves_the_microbatch_without():
+    one, other = make_rollouts([(2, 3), (1, 1)])
+    one = replace(one, top_ids=np.zeros((3, 2), np.int32))
+    assert pack([one, other], microbatch_tokens=LIMIT)[0].rollout_ids_NK is None
+
+
 def test_dtypes_and_a_worked_example():
     mb = pack(make_rollouts([(2, 3), (1, 1)]), microbatch_tokens=8, multiple=4)[0]
     assert mb.token_T.tolist() == [1, 2, 3, 4, 6, 0, 0, 0]
@@ -118,8 +193,11 @@ def test_dtypes_and_a_worked_example():
     assert mb.cu_seqlens.tolist() == [0, 4, 5, 8] and mb.cu_seqlens.dtype == torch.int32
     assert mb.source_N.tolist() == [1, 2, 3, 4] and mb.source_N.dtype == torch.int64
     assert mb.target_N.tolist() == [3, 4, 5, 7] and mb.token_T.dtype == torch.int64
-    assert mb.rollout_logp_N.dtype == mb.weight_N.dtype == torch.float32
-    assert mb.max_seqlen == 4
+    assert mb.position_N.tolist() == [0, 1, 2, 0] and mb.position_N.dtype == torch.int64
+    assert mb.sequence_N.tolist() == [0, 0, 0, 1] and mb.sequence_N.dtype == torch.int64
+    assert mb.measured_M.tolist() == [0, 1, 2, 3] and mb.measured_M.dtype == torch.int64
+    assert mb.rollout_logp_N.dtype == mb.mask_N.dtype == torch.float32
+    assert (mb.max_seqlen, mb.sequences, mb.rollout_ids_NK) == (4, 2, None)
 
 
 def test_a_step_of_real_size_packs_fast_and_evenly():

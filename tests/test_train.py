@@ -31,6 +31,7 @@ teacher: {path: teacher}
 data: {prompts: [prompts.jsonl], max_prompt_tokens: 64, shuffle: true}
 rollout: {n: 2, max_tokens: 12, batch_size: 5}
 objective: {k: 8, chunk_tokens: 16}
+metrics: {token_fraction: 1.0}
 optimizer: {lr: 3.0e-3, warmup_steps: 2, schedule: cosine}
 train: {prompts_per_step: 4, steps: 5, microbatch_tokens: 128}
 eval: {prompts: [prompts.jsonl], every: 2}
@@ -93,7 +94,7 @@ def test_a_run_leaves_what_it_should(home):
         assert record["policy/mismatch_max"] < 1e-4  # engine and trainer agree
         assert 0 < record["distill/overlap_ratio"] < 1 and record["distill/reverse_kl"] > 0
         assert record["distill/overlap_mass_student"] > 0 > record["distill/overlap_advantage"]
-        assert record["rollout/response_tokens"] <= 12
+        assert record["rollout/response_tokens"] <= 12 and record["rollout/masked_fraction"] == 0
         wanted = {"student/entropy", "teacher/entropy", "distill/entropy_gap", "optim/grad_norm"}
         assert wanted <= record.keys()
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == [
@@ -179,6 +180,81 @@ def test_replay_is_supervised_training(home):
     assert not any(name.startswith(("policy/", "distill/")) for name in history[-1])
 
 
+QUICK = ["train.steps=3", "eval.prompts=[]", "eval.every=0", "run.save_every=0", "run.export=false"]
+
+
+@pytest.mark.parametrize(
+    ("words", "measured"),
+    [
+        (["objective.support=rollout_topk"], {"policy/topk_mismatch", "distill/overlap_ratio"}),
+        (
+            ["objective={support: teacher_topk, normalize: vocab, tail: true}"],
+            {"distill/reverse_kl"},
+        ),
+        (
+            ["objective={support: teacher_topk, divergence: forward_kl}", "teacher.payload=topk"],
+            {"student/entropy"},
+        ),
+        (
+            ["objective={support: sampled, form: policy_gradient}", "teacher.payload=sampled"],
+            {"student/entropy"},
+        ),
+        (["base={path: student}", "objective.extrapolation=1.25"], {"distill/reverse_kl"}),
+        (
+            [
+                "objective={support: full, aggregation: seq-mean-token-mean}",
+                "objective.weights={tis: {}, student_entropy_top: {fraction: 0.5}}",
+                "metrics.position_bucket=6",
+            ],
+            {"distill/reverse_kl@0", "distill/reverse_kl@6"},
+        ),
+    ],
+)
+def test_every_way_to_judge_runs_from_a_config(home, words, measured):
+    run(2, "parallel.tp=2", *words, *QUICK)
+    for record in records(Path("runs/one")):
+        assert {"loss/objective", "policy/mismatch_kl", *measured} <= record.keys()
+        assert record.get("policy/topk_mismatch", 0) < 0.01  # on-policy, and in float32
+        assert 0 < record["optim/grad_norm"] < 1000
+
+
+def test_metrics_are_taken_at_the_first_step_every_so_often_and_at_the_last(home):
+    run(1, *QUICK, "train.steps=5", "metrics={every: 3, token_fraction: 0.5}")
+    history = records(Path("runs/one"))
+    assert ["distill/reverse_kl" in record for record in history] == [1, 0, 1, 0, 1]
+    assert all("loss/objective" in record for record in history)
+
+
+def test_masked_responses_are_written_and_not_supervised(home):
+    words = ["rollout.mask_truncated=true", "rollout.mask_format='[0-9]'", "rollout.max_tokens=4"]
+    run(1, *QUICK, *words, "run.save_rollouts_every=1")
+    for record in records(Path("runs/one")):
+        path = Path(f"runs/one/rollouts/step_{record['step']:06d}.jsonl")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        wanted = [r["finish"] == "length" or not re.search("[0-9]", r["response"]) for r in rows]
+        assert [row["masked"] for row in rows] == wanted
+        assert record["rollout/masked_fraction"] == pytest.approx(sum(wanted) / 8)
+        assert sum(wanted) > 0
+
+
+def test_a_step_with_nothing_to_learn_from_goes_by(home):
+    run(1, *QUICK, "rollout.mask_format=never written", "run.save_every=1")
+    for record in records(Path("runs/one")):
+        assert record["rollout/masked_fraction"] == 1 and record["optim/grad_norm"] == 0
+        assert "loss/objective" not in record and "distill/reverse_kl" not in record
+    text = Path("runs/one/log.txt").read_text()
+    assert text.count("no token of this step is supervised") == 3
+    run(
+        1,
+        *QUICK,
+        "train.steps=4",
+        "rollout.mask_format=null",
+        "run.save_every=1",
+        "run.resume=true",
+    )
+    assert records(Path("runs/one"))[-1]["loss/objective"] > 0
+
+
 def test_the_student_comes_nearer_to_its_teacher(home):
     run(
         1,
@@ -228,11 +304,10 @@ def _supervision(rank, layout):
     for step in (1, 2):
         job.engine.sync()
         rollouts = job.generate(step)
-        batches = job.pack(rollouts)
-        scores = job.teacher.score(batches)
-        record = train_step(job.student, batches, scores, job.objective).reduce(
-            None, parallel.device
-        )
+        batches = job.pack(rollouts, step)
+        judgements = job.score(batches)
+        metrics = train_step(job.student, batches, judgements, job.objective)
+        record = metrics.reduce(None, parallel.device)
         written = Counter(
             pair for r in rollouts for pair in zip(r.response_ids, r.logp, strict=True)
         )
@@ -242,7 +317,9 @@ def _supervision(rank, layout):
             for pair in zip(b.target_N.tolist(), b.rollout_logp_N.tolist(), strict=True)
         )
         judged = [
-            len(s.hidden_NH) == len(b.target_N) for s, b in zip(scores, batches, strict=True) if s
+            len(one.teacher.hidden_NH) == len(batch.target_N)
+            for one, batch in zip(judgements, batches, strict=True)
+            if one.teacher
         ]
         seen.append((written == trained, all(judged), sum(written.values()), record))
     return seen

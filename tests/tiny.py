@@ -1,5 +1,6 @@
 """Tiny models and rollouts that several tests share."""
 
+import numpy as np
 import torch
 
 from megatron_opd.types import Prompt, Rollout
@@ -43,8 +44,8 @@ def make_prompts(lengths, seed: int = 0) -> list[Prompt]:
     ]
 
 
-def make_rollouts(shapes, seed: int = 0) -> list[Rollout]:
-    """Return random rollouts of the given (prompt, response) lengths."""
+def make_rollouts(shapes, seed: int = 0, top: int = 0) -> list[Rollout]:
+    """Return random rollouts of the given (prompt, response) lengths, with `top` ids a token."""
     draw = torch.Generator().manual_seed(seed + 1)
     prompts = make_prompts([prompt for prompt, _ in shapes], seed)
     return [
@@ -54,6 +55,13 @@ def make_rollouts(shapes, seed: int = 0) -> list[Rollout]:
             response_ids=tuple(torch.randint(0, VOCAB, (length,), generator=draw).tolist()),
             logp=tuple((-torch.rand(length, generator=draw)).tolist()),
             finish="stop",
+            top_ids=_top_ids(length, top, draw) if top else None,
         )
         for prompt, (_, length) in zip(prompts, shapes, strict=True)
     ]
+
+
+def _top_ids(length: int, k: int, draw: torch.Generator) -> np.ndarray:
+    """Return k different ids for every token."""
+    shuffled = torch.rand(length, VOCAB, generator=draw).argsort(-1)
+    return shuffled[:, :k].int().numpy()

@@ -1,6 +1,7 @@
-"""The loss: support × divergence, vocabulary-parallel mathematics, and a head fused in chunks."""
+"""The loss: support × divergence × weight, over a vocabulary that ranks share."""
 
-from megatron_opd.loss.objective import Loss, Objective
-from megatron_opd.loss.shard import VocabShard
+from megatron_opd.loss.engine import Loss
+from megatron_opd.loss.objective import Objective
+from megatron_opd.loss.summary import summarize
 
-__all__ = ["Loss", "Objective", "VocabShard"]
+__all__ = ["Loss", "Objective", "summarize"]

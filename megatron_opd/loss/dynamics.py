@@ -1,130 +1,137 @@
-"""What is measured in the pass that computes the loss: student, teacher, and how far apart.
+"""What is measured of student and teacher: how sure, and how far apart. Per token, [N].
 
 Names are `group/name`; the equations are those of "Rethinking On-Policy Distillation" (2604.13016).
-Everything is per token here, [C]; averages are taken over the global step.
-
-Shape suffixes: M models (0 the student, 1 the teacher) · C tokens of a chunk · K = k.
+Shape suffixes: N tokens of a view · K = k · B buckets of positions.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_opd.loss.shard import VocabShard, local_entropy, wide
-
-STUDENT = ("student/nll", "student/entropy")
-POLICY = ("policy/mismatch_kl",)
-TEACHER = (
-    "teacher/nll",
-    "teacher/entropy",
-    "distill/entropy_gap",
-    "distill/reverse_kl",
-    "distill/support_kl",
-    "distill/overlap_ratio",
-    "distill/overlap_advantage",
-    "distill/overlap_empty",
-    "distill/overlap_mass_student",
-    "distill/overlap_mass_teacher",
-    "distill/top1_agreement",
-)
+from megatron_opd.loss.supports import among
+from megatron_opd.loss.view import View
+from megatron_opd.types import SampledScores
 
 
-@dataclass(frozen=True)
-class Sight:
-    """What every rank knows of both models on C tokens: a few log-probabilities out of V."""
-
-    target_MC: Tensor  # of the response's token
-    top_MCK: Tensor  # ids of each model's k most probable entries; K = 0 without a teacher
-    logp_MMCK: Tensor  # [m, n]: model m's log-probabilities on model n's top k
+def student(view: View) -> dict[str, Tensor]:
+    """Measure the student alone."""
+    return {"student/nll": -view.student_logp_N, "student/entropy": view.student_entropy_N}
 
 
-def look(shard: VocabShard, target_C: Tensor, k: int) -> Sight:
-    """Gather the log-probabilities of the targets and of both top-k sets (none with one model)."""
-    models = len(shard.logp_MCV)
-    top_MCK = shard.top(k) if models > 1 else target_C.new_empty(models, len(target_C), 0)
-    ids_CL = torch.cat([target_C.unsqueeze(-1), *top_MCK], dim=-1)
-    target_MC1, *on_top = shard.at(ids_CL).split([1, *[top_MCK.shape[-1]] * models], dim=-1)
-    return Sight(target_MC1.squeeze(-1), top_MCK, torch.stack(on_top, dim=1))
-
-
-def student(shard: VocabShard, sight: Sight) -> dict[str, Tensor]:
-    """Measure a student that has no teacher."""
-    return {"student/nll": -sight.target_MC[0], "student/entropy": shard.entropy()[0]}
-
-
-def distill(shard: VocabShard, sight: Sight) -> dict[str, Tensor]:
-    """Measure student and teacher: sums over the vocabulary, then Eqs. 5–10 on the top-k sets."""
-    student_CV, teacher_CV = shard.logp_MCV
-    local_kl_C = student_CV.exp().mul_(student_CV - teacher_CV).sum(-1)
-    entropy_s, entropy_t, kl_C = shard.sum(*local_entropy(shard.logp_MCV), local_kl_C)
+def teacher(view: View) -> dict[str, Tensor]:
+    """Measure the teacher, and student and teacher over the vocabulary and on their top-k sets."""
+    divergences = {}
+    if view.aligned:
+        divergences["distill/reverse_kl"] = view.reverse_kl_N
+        divergences["distill/forward_kl"] = view.forward_kl_N
     return {
-        "student/nll": -sight.target_MC[0],
-        "student/entropy": entropy_s,
-        "teacher/nll": -sight.target_MC[1],
-        "teacher/entropy": entropy_t,
-        "distill/entropy_gap": (entropy_s - entropy_t).abs(),  # Eq. 8
-        "distill/reverse_kl": kl_C,
-        **_on_support(sight),
+        "teacher/nll": -view.teacher_logp_N,
+        "teacher/entropy": view.teacher_entropy_N,
+        "distill/entropy_gap": (view.student_entropy_N - view.teacher_entropy_N).abs(),  # Eq. 8
+        **divergences,
+        "distill/support_kl": view.topk_kl_N,  # Eq. 5
+        "distill/overlap_ratio": view.overlap_N,  # Eq. 6
+        **_on_top(view),
     }
 
 
-def _on_support(sight: Sight) -> dict[str, Tensor]:
-    logp_CK, logq_CK = sight.logp_MMCK[:, 0]  # on the student's top k
-    ids_CK, teacher_ids_CK = sight.top_MCK
-    shared_CK = (ids_CK.unsqueeze(-1) == teacher_ids_CK.unsqueeze(-2)).any(-1)
-    shared_C = shared_CK.sum(-1, dtype=logp_CK.dtype)
-    d_CK = logp_CK.log_softmax(-1) - logq_CK.log_softmax(-1)
+def given(view: View) -> dict[str, Tensor]:
+    """Measure a teacher of which only the top k, or only the sampled token, is known."""
+    if isinstance(view.given, SampledScores):
+        return {"teacher/nll": -view.teacher_logp_N}
+    ids_NK, teacher_ids_NK = view.top_ids
+    agree_N = ids_NK[:, 0] == teacher_ids_NK[:, 0]
     return {
-        "distill/support_kl": (logp_CK.softmax(-1) * d_CK).sum(-1),  # Eq. 5
-        "distill/overlap_ratio": shared_C / ids_CK.shape[-1],  # Eq. 6
-        "distill/overlap_advantage": _advantage(logp_CK, logq_CK, shared_CK),  # Eq. 7
-        "distill/overlap_empty": (shared_C == 0).to(logp_CK.dtype),
-        "distill/overlap_mass_student": torch.where(shared_CK, logp_CK.exp(), 0).sum(-1),  # Eq. 9
-        "distill/overlap_mass_teacher": torch.where(shared_CK, logq_CK.exp(), 0).sum(-1),  # Eq. 10
-        "distill/top1_agreement": (ids_CK[:, 0] == teacher_ids_CK[:, 0]).to(logp_CK.dtype),
+        "distill/overlap_ratio": view.overlap_N,
+        "distill/top1_agreement": agree_N.to(view.overlap_N.dtype),
     }
 
 
-def _advantage(logp_CK: Tensor, logq_CK: Tensor, shared_CK: Tensor) -> Tensor:
+def _on_top(view: View) -> dict[str, Tensor]:
+    s_NK, t_NK = view.on_top[:, 0]  # on the student's top k
+    shared_NK, (ids_NK, teacher_ids_NK) = view.shared_NK, view.top_ids
+    p_NK, q_NK = s_NK.exp(), t_NK.exp()
+    return {
+        "distill/overlap_advantage": _advantage(s_NK, t_NK, shared_NK),  # Eq. 7
+        "distill/overlap_empty": (~shared_NK.any(-1)).to(s_NK.dtype),
+        "distill/overlap_mass_student": torch.where(shared_NK, p_NK, 0).sum(-1),  # Eq. 9
+        "distill/overlap_mass_teacher": torch.where(shared_NK, q_NK, 0).sum(-1),  # Eq. 10
+        "distill/tail_mass_student": 1 - p_NK.sum(-1),
+        "distill/tail_mass_teacher": 1 - q_NK.sum(-1),
+        "distill/extreme_gap": _extreme_gap(s_NK, t_NK),
+        "distill/top1_agreement": (ids_NK[:, 0] == teacher_ids_NK[:, 0]).to(s_NK.dtype),
+    }
+
+
+def _advantage(s_NK: Tensor, t_NK: Tensor, shared_NK: Tensor) -> Tensor:
     """Return Eq. 7, Σ_I p̄ (log q̄ − log p̄) / |I|, both renormalised on I; 0 where I is empty."""
-    logp_CK, logq_CK = (
-        x - x.masked_fill(~shared_CK, -torch.inf).logsumexp(-1, keepdim=True)
-        for x in (logp_CK, logq_CK)
+    s_NK, t_NK = (
+        x - x.masked_fill(~shared_NK, -torch.inf).logsumexp(-1, keepdim=True) for x in (s_NK, t_NK)
     )
-    term_CK = torch.where(shared_CK, logp_CK.exp() * (logq_CK - logp_CK), 0)
-    return term_CK.sum(-1) / shared_CK.sum(-1).clamp(min=1)
+    term_NK = torch.where(shared_NK, s_NK.exp() * (t_NK - s_NK), 0)
+    return term_NK.sum(-1) / shared_NK.sum(-1).clamp(min=1)
 
 
-def log_ratio(shard: VocabShard, sight: Sight, rollout_logp_C: Tensor, ratio: float) -> Tensor:
-    """Return Δ = log π(y) − log μ(y): the student's word against the rollout engine's, [C].
-
-    π is the student at the rollout's temperature, which is its own divided by `ratio`.
-    """
-    logp_C = sight.target_MC[0]
-    if ratio != 1.0:
-        logp_C = logp_C * ratio - shard.logsumexp(shard.logp_MCV[0] * ratio)
-    return logp_C - rollout_logp_C
+def _extreme_gap(s_NK: Tensor, t_NK: Tensor) -> Tensor:
+    """Return p − q at the one of the student's top k whose weighted advantage p̄·d is extreme."""
+    advantage_NK = s_NK.softmax(-1) * (s_NK - t_NK)
+    extreme_N1 = advantage_NK.abs().argmax(-1, keepdim=True)
+    return (s_NK.exp() - t_NK.exp()).gather(-1, extreme_N1)[:, 0]
 
 
-def mismatch_kl(delta_C: Tensor) -> Tensor:
-    """Return the k3 estimate of KL(μ‖π) from tokens drawn by μ, e^Δ − 1 − Δ ≥ 0."""
-    return delta_C.expm1() - delta_C
+def policy(view: View) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Measure trainer against rollout engine: the k3 estimate of KL(μ‖π), and the largest |Δ|."""
+    delta_N = view.log_ratio_N
+    return {"policy/mismatch_kl": delta_N.expm1() - delta_N}, {"policy/mismatch_max": delta_N.abs()}
+
+
+def topk_mismatch(view: View, rollout_ids_NK: Tensor) -> dict[str, Tensor]:
+    """Measure which part of the engine's top k the trainer does not find in its own."""
+    missing_NK = ~among(rollout_ids_NK, view.ranks.top(view.student, k=rollout_ids_NK.shape[-1])[0])
+    return {"policy/topk_mismatch": missing_NK.to(view.student_logp_N.dtype).mean(-1)}
 
 
 class Tally:
-    """Σ w_t·m_t and max m_t by name, added up chunk by chunk on the device."""
+    """Totals, counts and maxima by name, added up chunk by chunk on the device.
 
-    def __init__(self, means: tuple[str, ...], maxima: tuple[str, ...], hidden_NH: Tensor):
-        zero = hidden_NH.new_zeros((), dtype=wide(hidden_NH))
-        self.sums = {name: zero.clone() for name in ("tokens", *means)}
-        self.maxima = {name: zero.clone() for name in maxima}
+    With a `bucket` of positions, means are also kept for each of them, as `name@first-position`.
+    """
 
-    def add(self, weight_C: Tensor, means: dict[str, Tensor], maxima: dict[str, Tensor]) -> None:
-        """Add C tokens; a token of weight 0 has no part in a maximum."""
-        means = {"tokens": torch.ones_like(weight_C), **means}
-        for name, total in self.sums.items():
-            total += (weight_C * means[name]).sum()
-        for name, highest in self.maxima.items():
-            taking_part_C = torch.where(weight_C != 0, maxima[name], 0)
-            torch.maximum(highest, taking_part_C.amax(), out=highest)
+    def __init__(self, bucket: int = 0, longest: int = 0):
+        self.bucket, self.buckets = bucket, -(-longest // bucket) if bucket else 0
+        self.totals: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+        self.maxima: dict[str, Tensor] = {}
+
+    def mean(self, name: str, total: Tensor, count: Tensor) -> None:
+        """Add to a mean."""
+        known = name in self.totals
+        self.totals[name] = self.totals[name] + total if known else total
+        self.counts[name] = self.counts[name] + count if known else count
+
+    def tokens(self, values: dict[str, Tensor], mask_N: Tensor, position_N: Tensor) -> None:
+        """Add one value per token to each mean; tokens with mask 0 have no part."""
+        for name, value_N in values.items():
+            masked_N = value_N * mask_N.to(value_N.dtype)
+            self.mean(name, masked_N.sum(), mask_N.sum())
+            if self.bucket:
+                self._by_position(name, masked_N, mask_N, position_N // self.bucket)
+
+    def _by_position(self, name: str, value_N: Tensor, mask_N: Tensor, bucket_N: Tensor) -> None:
+        bucket_N = bucket_N.clamp(max=self.buckets - 1)
+        for what, x_N in (("totals", value_N), ("counts", mask_N)):
+            sums = x_N.new_zeros(self.buckets).index_add_(0, bucket_N, x_N)
+            kept = getattr(self, what)
+            for index, part in enumerate(sums):
+                key = f"{name}@{index * self.bucket}"
+                kept[key] = kept[key] + part if key in kept else part
+
+    def peaks(self, values: dict[str, Tensor], mask_N: Tensor) -> None:
+        """Let the values of supervised tokens compete for each maximum."""
+        for name, value_N in values.items():
+            highest = torch.where(mask_N != 0, value_N, 0).amax()
+            known = name in self.maxima
+            self.maxima[name] = torch.maximum(self.maxima[name], highest) if known else highest
+
+    def means(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return (total, count) of every mean."""
+        return {name: (total, self.counts[name]) for name, total in self.totals.items()}

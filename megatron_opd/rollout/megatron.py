@@ -5,7 +5,8 @@ the shortest prompt is prefilled for all, and longer prompts go on reading their
 shorter ones already sample. No padding, no attention mask, and every position is the one that the
 training forward will see.
 
-Shape suffixes: B requests of a batch · P tokens fed at once · L cache length · H hidden · V vocab.
+Shape suffixes: B requests of a batch · P tokens fed at once · L cache length · H hidden · V vocab ·
+K most likely ids that are asked for.
 """
 
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
 from megatron_opd.parallel import Parallel
-from megatron_opd.rollout.sampling import Sampling, draw, request_seed, uniform
+from megatron_opd.rollout.sampling import Sampling, draw, most_likely, request_seed, uniform
 from megatron_opd.types import Prompt, Rollout
 
 
@@ -143,15 +144,21 @@ class MegatronEngine:
 
     def _draw(
         self, logits_BV: Tensor | None, batch: "_Batch", position: int
-    ) -> tuple[Tensor, Tensor]:
-        """Draw on one rank and tell the replica: ranks must never disagree on a token."""
-        drawn_2B = torch.zeros((2, len(batch.rows)), dtype=torch.float64, device=batch.device)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw on one rank and tell the replica: ranks must never disagree on a token.
+
+        Ids, log-probabilities and most likely ids travel together: float64 holds all of them.
+        """
+        B, K = len(batch.rows), batch.sampling.top_ids
+        told = torch.zeros((2 + K, B), dtype=torch.float64, device=batch.device)
         if logits_BV is not None:
             u_B = uniform(batch.seed_B[batch.rows], position)
-            drawn_2B = torch.stack([x.double() for x in draw(logits_BV, u_B, batch.sampling)])
+            told[0], told[1] = draw(logits_BV, u_B, batch.sampling)
+            if K:
+                told[2:] = most_likely(logits_BV, K).T
         if self.parallel.tp * self.parallel.pp > 1:
-            dist.broadcast(drawn_2B, self.parallel.head_rank, group=self.parallel.replica_group)
-        return drawn_2B[0].long(), drawn_2B[1].float()
+            dist.broadcast(told, self.parallel.head_rank, group=self.parallel.replica_group)
+        return told[0].long(), told[1].float(), told[2:].T.int()
 
 
 class _Batch:
@@ -167,6 +174,7 @@ class _Batch:
             token_BL[row, : lengths[row]] = torch.tensor(request.prompt.token_ids)
         self.token_BL = token_BL.to(device)
         self.logp_BL = torch.zeros((B, L), device=device)
+        self.top_BLK = torch.zeros((B, L, sampling.top_ids), dtype=torch.int32, device=device)
         self.prompt_B = torch.tensor(lengths, device=device)
         self.end_B = self.prompt_B + sampling.max_tokens  # moves forward when a stop id is drawn
         self.stopped_B = torch.zeros(B, dtype=torch.bool, device=device)
@@ -174,13 +182,14 @@ class _Batch:
         self.stop_S = torch.tensor(sampling.stop_ids, dtype=torch.long, device=device)
         self.rows = torch.arange(B, device=device)
 
-    def write(self, position: int, id_b: Tensor, logp_b: Tensor) -> None:
+    def write(self, position: int, id_b: Tensor, logp_b: Tensor, top_bK: Tensor) -> None:
         """Put the drawn tokens at `position` of the rows that are past their prompt and alive."""
         rows = self.rows
         writes_b = (position >= self.prompt_B[rows]) & (position < self.end_B[rows])
         kept_b = self.token_BL[rows, position]
         self.token_BL[rows, position] = torch.where(writes_b, id_b, kept_b)
         self.logp_BL[rows, position] = torch.where(writes_b, logp_b, 0.0)
+        self.top_BLK[rows, position] = top_bK  # only those of a response are looked at
         stops_b = writes_b & torch.isin(id_b, self.stop_S)
         self.stopped_B[rows] |= stops_b
         self.end_B[rows] = torch.where(stops_b, position + 1, self.end_B[rows])
@@ -203,6 +212,7 @@ class _Batch:
         """Cut each row to its response."""
         tokens, logps = self.token_BL.tolist(), self.logp_BL.tolist()
         starts, ends, stopped = (x.tolist() for x in (self.prompt_B, self.end_B, self.stopped_B))
+        tops = self.top_BLK.cpu().numpy() if self.sampling.top_ids else None
         return [
             Rollout(
                 prompt=request.prompt,
@@ -210,6 +220,7 @@ class _Batch:
                 response_ids=tuple(tokens[row][starts[row] : ends[row]]),
                 logp=tuple(logps[row][starts[row] : ends[row]]),
                 finish="stop" if stopped[row] else "length",
+                top_ids=None if tops is None else tops[row, starts[row] : ends[row]].copy(),
             )
             for row, request in enumerate(self.requests)
         ]

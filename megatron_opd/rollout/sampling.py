@@ -4,7 +4,7 @@ The random number of a token is a hash of (its request's seed, its position): it
 the batch the request is in, on the layout of ranks, or on any generator's state, so a resumed run
 samples what the uninterrupted one would have.
 
-Shape suffixes: B requests · V vocabulary.
+Shape suffixes: B requests · V vocabulary · K ids.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     stop_ids: tuple[int, ...] = ()
+    top_ids: int = 0  # this many most likely ids come back with every token
 
 
 def request_seed(*parts: int) -> int:
@@ -79,3 +80,17 @@ def draw(logits_BV: Tensor, u_B: Tensor, sampling: Sampling) -> tuple[Tensor, Te
         cdf_BV = logits_BV.softmax(-1).double().cumsum(-1)
         id_B = torch.searchsorted(cdf_BV, (u_B * cdf_BV[:, -1])[:, None], right=True)[:, 0]
     return id_B, logits_BV.log_softmax(-1).gather(1, id_B[:, None])[:, 0]
+
+
+def most_likely(logits_BV: Tensor, k: int) -> Tensor:
+    """Return the ids of the k largest logits, best first, [B, k]; the lowest id among equals.
+
+    `topk` alone takes any of equals, and bf16 logits tie all the time: it is given integers that
+    are ordered as (logit, −id), which no two entries share.
+    """
+    bits_BV = (logits_BV.float() + 0.0).view(torch.int32).long()  # + 0.0: -0.0 and 0.0 are equal
+    # read as integers, floats are in order but for the negative ones, which are in reverse
+    rank_BV = torch.where(bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV)
+    last = logits_BV.size(-1) - 1
+    key_BV = (rank_BV << 32) + torch.arange(last, -1, -1, device=logits_BV.device)
+    return key_BV.topk(k).indices

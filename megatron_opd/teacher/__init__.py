@@ -2,13 +2,13 @@
 
 from typing import Protocol
 
-from megatron_opd.types import HiddenScores, Microbatch
+from megatron_opd.types import Microbatch, Scores
 
 
 class Teacher(Protocol):
     """Judge every supervised token of every microbatch."""
 
-    def score(self, microbatches: list[Microbatch]) -> list[HiddenScores | None]:
+    def score(self, microbatches: list[Microbatch]) -> list[Scores | None]:
         """Return one judgement per microbatch on the last pipeline stage, None on the others."""
         ...
 

@@ -1,50 +1,81 @@
 """The co-located teacher: its own depth and width, the student's ranks and vocabulary shards."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from megatron_opd.loss import summarize
 from megatron_opd.model import enter_head
 from megatron_opd.model.pipeline import run_schedule
 from megatron_opd.parallel import Parallel
-from megatron_opd.types import HiddenScores, Microbatch
+from megatron_opd.types import HiddenScores, Microbatch, Scores
+
+Payload = Literal["hidden", "topk", "sampled"]
 
 
 class MegatronTeacher:
-    """A frozen Megatron model that hands over hidden states and keeps its own head.
+    """A frozen Megatron model that hands over what `payload` says of every supervised token.
 
-    `model` must be built with the student's padded vocabulary, so that rank r's rows of both heads
-    are the same tokens. With `offload`, all weights but the head live in pinned host memory between
-    calls of `score`; the head stays, because the loss multiplies by it.
+    hidden: its hidden states, while it keeps its own head, which the loss multiplies them with;
+    `model` must then be built with the student's padded vocabulary, so that rank r's rows of both
+    heads are the same tokens. topk, sampled: log-probabilities at `temperature`, computed here.
+    With `offload`, all weights that the loss does not need live in pinned host memory between calls
+    of `score`.
     """
 
-    def __init__(self, model: Any, parallel: Parallel, *, vocab_size: int, offload: bool = False):
+    def __init__(
+        self,
+        model: Any,
+        parallel: Parallel,
+        *,
+        vocab_size: int,
+        offload: bool = False,
+        payload: Payload = "hidden",
+        k: int = 16,
+        temperature: float = 1.0,
+        chunk_tokens: int | None = None,
+    ):
         self.model = model.eval().requires_grad_(False)
-        self.parallel = parallel
+        self.parallel, self.payload = parallel, payload
+        self.k, self.temperature, self.chunk_tokens = k, temperature, chunk_tokens
         self.head = model.head(vocab_size) if parallel.is_last_stage else None
-        self.body = _Offloaded(self._body()) if offload else None
+        self.away = _Offloaded(self._between_uses()) if offload else None
 
-    def _body(self) -> list[Tensor]:
-        head = None if self.head is None else self.head.weight_VH
-        return [p for p in self.model.parameters() if p is not head]
+    def _between_uses(self) -> list[Tensor]:
+        """Return the weights that may leave: all but the head that hidden states come with."""
+        stays = self.head.weight_VH if self.head and self.payload == "hidden" else None
+        return [p for p in self.model.parameters() if p is not stays]
 
     @torch.no_grad()
-    def score(self, microbatches: list[Microbatch]) -> list[HiddenScores | None]:
+    def score(self, microbatches: list[Microbatch]) -> list[Scores | None]:
         """Run forward only through the pipeline schedule and keep the supervised positions."""
-        if self.body:
-            self.body.fetch()
+        if self.away:
+            self.away.fetch()
 
-        def keep(index: int, hidden: Tensor) -> HiddenScores:
+        def keep(index: int, hidden: Tensor) -> Scores:
             hidden_TH = enter_head(hidden, self.parallel)
             hidden_NH = hidden_TH.index_select(0, microbatches[index].source_N)
-            assert self.head is not None
-            return HiddenScores(hidden_NH, self.head)
+            return self._judge(hidden_NH, microbatches[index])
 
         scores = run_schedule(self.model, microbatches, keep, forward_only=True)
-        if self.body:
-            self.body.release()
+        if self.away:
+            self.away.release()
         return scores or [None] * len(microbatches)
+
+    def _judge(self, hidden_NH: Tensor, microbatch: Microbatch) -> Scores:
+        assert self.head is not None
+        if self.payload == "hidden":
+            return HiddenScores(hidden_NH, self.head)
+        return summarize(
+            hidden_NH,
+            self.head,
+            microbatch,
+            kind=self.payload,
+            k=self.k,
+            temperature=self.temperature,
+            chunk=self.chunk_tokens,
+        )
 
 
 class _Offloaded:

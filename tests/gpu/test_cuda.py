@@ -10,7 +10,7 @@ from megatron_opd.model import build_model
 from megatron_opd.packing import pack
 from megatron_opd.rollout import Sampling
 from megatron_opd.rollout.megatron import MegatronEngine
-from megatron_opd.step import make_student, train_step
+from megatron_opd.step import Judgement, make_student, train_step
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.types import Head, HiddenScores
 from tests.loss.dense import batch_of, far, make_problem, reference
@@ -20,25 +20,24 @@ pytestmark = pytest.mark.gpu
 OBJECTIVES = [
     Objective("student_topk", k=5, chunk_tokens=4),
     Objective("full", chunk_tokens=3),
-    Objective("sampled"),
+    Objective("sampled", form="policy_gradient"),
 ]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.support)
 def test_loss_and_gradient_on_the_gpu(objective):
-    problem = make_problem(n=9, v=40)
+    problem = make_problem(v=40, k=5)
     want = reference(problem, objective)
-    hidden = problem.hidden.cuda().requires_grad_()
-    weight = problem.weight.cuda().requires_grad_()
-    teacher_head = Head(problem.teacher_weight.cuda(), 40)
-    loss, _, _ = objective(
+    hidden = problem.student.hidden.cuda().requires_grad_()
+    weight = problem.student.weight.cuda().requires_grad_()
+    judged = objective(
         hidden,
         Head(weight, 40),
         batch_of(problem).to(torch.device("cuda")),
-        HiddenScores(problem.teacher_hidden.cuda(), teacher_head),
+        HiddenScores(problem.teacher.hidden.cuda(), Head(problem.teacher.weight.cuda(), 40)),
     )
-    loss.backward()
-    assert abs(loss.item() - want["loss"].item()) < 1e-9
+    judged.loss.backward()
+    assert abs(judged.loss.item() - want["loss"].item()) < 1e-9
     assert far(hidden.grad.cpu(), want["hidden"]) < 1e-9
     assert far(weight.grad.cpu(), want["weight"]) < 1e-9
 
@@ -60,7 +59,8 @@ def test_a_step_on_its_own_rollouts(parallel, dtype):
     for step in range(3):
         rollouts = engine.generate(make_prompts([5, 9, 3]), n=2, sampling=sampling, seed=step)
         batches = [b.to(parallel.device) for b in pack(rollouts, microbatch_tokens=64)]
-        metrics = train_step(student, batches, teacher.score(batches), OBJECTIVES[0])
+        judgements = [Judgement(scores) for scores in teacher.score(batches)]
+        metrics = train_step(student, batches, judgements, OBJECTIVES[0])
         record = metrics.reduce(None, parallel.device)
         assert record["policy/mismatch_max"] < (1e-3 if dtype == torch.float32 else 0.5)
         losses.append(record["loss/objective"])

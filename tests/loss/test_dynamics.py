@@ -1,31 +1,31 @@
-"""Metrics against sets and numbers worked out by hand; test_objective compares them with dense."""
+"""Metrics against sets and numbers worked out by hand, and where they are measured."""
 
 import math
 from dataclasses import replace
 
+import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_opd.loss import Objective
-from tests.loss.dense import judge, make_problem
+from tests.distributed import run_ranks
+from tests.loss.dense import judge, logits_problem, make_problem
 
 
-def measure(student, teacher, k=2, **options):
+def values(got):
+    """Return the means and maxima of one call."""
+    means = {name: (total / count).item() for name, (total, count) in got["means"].items()}
+    return means | {name: value.item() for name, value in got["maxima"].items()}
+
+
+def measure(student, teacher, k=2, payload="hidden", **options):
     """Return the metrics of one token, whose two distributions are given as probabilities."""
-    v = len(student)
     rows = [torch.tensor(x, dtype=torch.float64).log()[None] for x in (student, teacher)]
     problem = replace(
-        make_problem(n=1, v=v),
-        hidden=rows[0],  # with the identity for a head, hidden states are logits
-        teacher_hidden=rows[1],
-        weight=torch.eye(v, dtype=torch.float64),
-        teacher_weight=torch.eye(v, dtype=torch.float64),
-        target=torch.tensor([0]),
-        token_weight=torch.ones(1, dtype=torch.float64),
-        rollout_logp=torch.tensor([math.log(0.25)], dtype=torch.float64),
+        logits_problem(*rows), rollout_logp=torch.tensor([math.log(0.25)], dtype=torch.float64)
     )
-    got = judge(problem, Objective(support="full", k=k, **options))
-    values = {**got["sums"], **got["maxima"]}
-    return {name.removeprefix("distill/"): value.item() for name, value in values.items()}
+    got = judge(problem, Objective(**{"support": "full", "k": k, **options}), payload=payload)
+    return {name.removeprefix("distill/"): value for name, value in values(got).items()}
 
 
 def is_close(got, **wanted):
@@ -38,6 +38,7 @@ def test_partial_overlap():
     is_close(got, overlap_ratio=0.5, overlap_mass_student=0.3, overlap_mass_teacher=0.6)
     is_close(got, overlap_empty=0, top1_agreement=0)
     is_close(got, overlap_advantage=0)  # renormalised on one entry both models agree
+    is_close(got, tail_mass_student=0.3, tail_mass_teacher=0.3)
 
 
 def test_empty_overlap_contributes_zero_and_is_counted():
@@ -51,14 +52,15 @@ def test_full_overlap_and_support_kl():
     kl = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     is_close(got, overlap_ratio=1, support_kl=kl, overlap_advantage=-kl / 2, top1_agreement=1)
     is_close(got, overlap_mass_student=0.8, overlap_mass_teacher=0.8)
+    is_close(got, extreme_gap=0.2)  # ¾ · log 1.5 against ¼ · log 2: the first, .6 − .4
 
 
-def test_entropies_and_reverse_kl():
+def test_entropies_and_divergences():
     got = measure([0.5, 0.25, 0.125, 0.125], [0.25, 0.25, 0.25, 0.25])
     ln2 = math.log(2)
     is_close(got, **{"student/entropy": 1.75 * ln2, "teacher/entropy": 2 * ln2})
-    is_close(got, entropy_gap=0.25 * ln2, reverse_kl=0.25 * ln2)
-    is_close(got, **{"student/nll": ln2, "teacher/nll": 2 * ln2, "tokens": 1})
+    is_close(got, entropy_gap=0.25 * ln2, reverse_kl=0.25 * ln2, forward_kl=0.25 * ln2)
+    is_close(got, **{"student/nll": ln2, "teacher/nll": 2 * ln2})
 
 
 def test_mismatch_with_the_rollout_engine():
@@ -79,12 +81,90 @@ def test_engines_mismatch_is_not_measured_where_no_engine_drew():
     assert not any(name.startswith("policy/") for name in got)
 
 
-def test_a_token_of_weight_zero_is_in_no_metric():
+def test_engines_ids_are_compared_with_the_trainers():
+    """The top 3 of 5 are {0, 1, 2}; the engine said {2, 4, 0}."""
+    p = [0.4, 0.3, 0.2, 0.07, 0.03]
+    problem = logits_problem(*(torch.tensor([p], dtype=torch.float64).log() for _ in range(2)))
+    problem = replace(problem, rollout_ids=torch.tensor([[2, 4, 0]]))
+    got = values(judge(problem, Objective(support="rollout_topk", k=3)))
+    is_close(got, **{"policy/topk_mismatch": 1 / 3})
+
+
+def test_what_a_small_payload_lets_us_see():
+    got = measure([0.4, 0.3, 0.3], [0.1, 0.6, 0.3], payload="topk", support="teacher_topk")
+    is_close(got, overlap_ratio=0.5, top1_agreement=0)
+    assert "reverse_kl" not in got and "teacher/nll" not in got
+    sampled = dict(payload="sampled", support="sampled", form="policy_gradient")
+    got = measure([0.4, 0.3, 0.3], [0.1, 0.6, 0.3], **sampled)
+    is_close(got, **{"teacher/nll": -math.log(0.1)})
+    assert "overlap_ratio" not in got
+
+
+SUPPORTS = ("student_topk", "teacher_topk", "rollout_topk", "intersection", "full", "sampled")
+
+
+@pytest.mark.parametrize("chunk_tokens", [2, None])
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_metrics_of_some_tokens_are_the_means_of_those(support, chunk_tokens):
+    """Whether the loss has their logits anyway or they are made for it; whatever the loss is."""
+    options = dict(form="policy_gradient") if support == "sampled" else {}
+    problem, k = make_problem(), 4
+    objective = Objective(support=support, k=k, chunk_tokens=chunk_tokens, **options)
+    index = torch.tensor([0, 3, 4, 6])
+    got = values(judge(problem, objective, measured_M=index))
+    rows = ("target", "mask", "rollout_logp", "position", "sequence", "rollout_ids")
+    part = replace(problem, **{name: getattr(problem, name)[index] for name in rows})
+    models = ("student", "teacher", "base")
+    cut = {
+        n: replace(getattr(problem, n), hidden=getattr(problem, n).hidden[index]) for n in models
+    }
+    want = values(
+        judge(replace(part, **cut), Objective(support="full", k=k), measured_M=torch.arange(4))
+    )
+    assert len(want) > 15
+    for name in want:
+        if not name.startswith("loss/"):
+            assert math.isclose(got[name], want[name], rel_tol=1e-9, abs_tol=1e-12), name
+
+
+def test_nothing_is_measured_where_nobody_asks():
+    got = judge(make_problem(), Objective(k=4), measured_M=torch.empty(0, dtype=torch.long))
+    assert set(got["means"]) == {"loss/objective", "distill/support_empty"} and not got["maxima"]
+
+
+def on_a_rank(rank, problem, objective):
+    return values(judge(problem, objective, rank=rank, widths=(4, 4), group=dist.group.WORLD))
+
+
+def test_metrics_do_not_depend_on_the_ranks():
+    problem = make_problem()
+    for support in ("rollout_topk", "full"):
+        objective = Objective(support=support, k=4)
+        alone = values(judge(problem, objective))
+        for got in run_ranks(on_a_rank, 4, problem, objective):
+            assert got.keys() == alone.keys()
+            for name, value in alone.items():
+                assert math.isclose(got[name], value, rel_tol=1e-9, abs_tol=1e-12), name
+
+
+def test_buckets_of_positions_share_out_the_tokens():
+    """Responses of 4, 3 (and an unsupervised 2) tokens in buckets of 2; the first one's second
+    token is not supervised either."""
+    problem = make_problem()
+    got = judge(problem, Objective(k=4, position_bucket=2, max_tokens=4))
+    for name in ("student/nll", "distill/overlap_ratio"):
+        total, count = got["means"][name]
+        parts = [got["means"][f"{name}@{first}"] for first in (0, 2)]
+        assert [int(part[1]) for part in parts] == [3, 3] and int(count) == 6
+        torch.testing.assert_close(sum(part[0] for part in parts), total)
+
+
+def test_a_token_without_supervision_is_in_no_metric():
     problem = make_problem()
     outlier = problem.rollout_logp.clone()
-    outlier[3] = -50.0
-    assert problem.token_weight[3] == 0
-    objective = Objective(k=4)
-    with_it = judge(replace(problem, rollout_logp=outlier), objective)
-    without = judge(problem, objective)
-    assert with_it["sums"] == without["sums"] and with_it["maxima"] == without["maxima"]
+    outlier[1] = -50.0
+    assert problem.mask[1] == 0
+    everyone = torch.arange(len(problem.mask))
+    with_it = judge(replace(problem, rollout_logp=outlier), Objective(k=4), measured_M=everyone)
+    without = judge(problem, Objective(k=4), measured_M=everyone)
+    assert values(with_it) == values(without)

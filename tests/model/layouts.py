@@ -37,6 +37,10 @@ def packed(sequences: list[torch.Tensor]) -> Microbatch:
         max_seqlen=max(lengths),
         source_N=none.long(),
         target_N=none.long(),
-        weight_N=none,
+        mask_N=none,
         rollout_logp_N=none,
+        position_N=none.long(),
+        sequence_N=none.long(),
+        sequences=0,
+        measured_M=none.long(),
     )

@@ -38,6 +38,17 @@ def generate(layout, sampling, **kwargs):
     return ranks[0]
 
 
+def _training_top(rank, rollouts, k):
+    """The k most likely ids at every response token by the packed training forward."""
+    parallel = mesh.initialize()
+    model = _model(parallel)
+    (batch,) = pack(rollouts, microbatch_tokens=10_000)
+    with torch.no_grad():
+        hidden = enter_head(forward(model, batch), parallel)[batch.source_N]
+        logits = (hidden @ model.head(VOCAB).weight_VH.T)[:, :VOCAB]
+    return logits.topk(k).indices, batch.rollout_ids_NK
+
+
 def _training_logp(rank, rollouts, temperature):
     """Log-probs of the rollouts' own tokens by the packed training forward, one process."""
     parallel = mesh.initialize()
@@ -69,6 +80,23 @@ def test_tokens_are_the_same_at_every_layout_and_batch_size():
     ]:
         other = generate(layout, sampling, **kwargs)
         assert [r.response_ids for r in other] == [r.response_ids for r in one]
+
+
+@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_the_most_likely_ids_are_the_training_forwards(layout):
+    sampling = Sampling(max_tokens=10, temperature=0.7, top_k=2, stop_ids=(4,), top_ids=5)
+    ranks = run_ranks(_generate, layout[0] * layout[1], layout, sampling, {})
+    for rollouts in ranks:
+        for r, first in zip(rollouts, ranks[0], strict=True):
+            assert r.top_ids.shape == (len(r.response_ids), 5) and r.top_ids.dtype == "int32"
+            assert (r.top_ids == first.top_ids).all()
+            # truncation is of the draw alone: five ids are told though two could be drawn
+            assert all(
+                token in top[:2] for token, top in zip(r.response_ids, r.top_ids, strict=True)
+            )
+    ((trained, reported), *_) = run_ranks(_training_top, 1, ranks[0], 5)
+    assert torch.equal(trained, reported)
+    assert all(r.top_ids is None for r in generate(layout, Sampling(max_tokens=2)))
 
 
 def test_stops_limits_and_padding():

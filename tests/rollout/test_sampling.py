@@ -4,7 +4,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_opd.rollout.sampling import Sampling, draw, request_seed, truncate, uniform
+from megatron_opd.rollout.sampling import (
+    Sampling,
+    draw,
+    most_likely,
+    request_seed,
+    truncate,
+    uniform,
+)
 
 MASK = (1 << 64) - 1
 
@@ -67,3 +74,20 @@ def test_truncation_keeps_the_smallest_set_that_reaches_top_p(seed, top_p, top_k
     order = p.argsort(descending=True)
     size = int((p[order].cumsum(0) < top_p).sum()) + 1
     assert sorted(kept.nonzero()[:, 0].tolist()) == sorted(order[:size].tolist())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sampled_from([-3.0, -0.5, -0.0, 0.0, 1.5, float("-inf")]), min_size=4))
+def test_the_most_likely_ids_come_best_first_and_lowest_first_among_equals(row):
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = torch.tensor([row, row[::-1]], dtype=dtype)
+        expected = logits.sort(dim=-1, descending=True, stable=True).indices
+        for k in (1, 3, len(row)):
+            assert torch.equal(most_likely(logits, k), expected[:, :k])
+
+
+def test_the_most_likely_ids_of_a_real_vocabulary():
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)) * 4
+    for dtype in (torch.float32, torch.bfloat16):  # in bf16 hundreds are equal
+        expected = logits.to(dtype).sort(dim=-1, descending=True, stable=True).indices
+        assert torch.equal(most_likely(logits.to(dtype), 100), expected[:, :100])

@@ -1,4 +1,4 @@
-"""The co-located teacher: exact hidden states at every layout, frozen, offloaded and back."""
+"""The co-located teacher: exact scores at every layout, frozen, offloaded and back."""
 
 import pytest
 import torch
@@ -45,6 +45,49 @@ def test_hidden_states_of_the_supervised_positions(layout, sp):
     for scores, _, _ in run_ranks(_score, layout[0] * layout[1], layout, sp, False)[-layout[0] :]:
         for hidden, direct in zip(scores, expected, strict=True):
             assert (hidden - direct).abs().max() < 1e-5
+
+
+def _summaries(rank, layout, sp, payload):
+    """Return what the last stage hands over, of a teacher whose weights rest elsewhere."""
+    parallel = mesh.initialize(*layout, sequence_parallel=sp)
+    model = build_model(qwen3(), parallel, dtype=torch.float32, seed=3, trainable=False)
+    how = dict(offload=True, payload=payload, k=6, temperature=0.7, chunk_tokens=4)
+    teacher = MegatronTeacher(model, parallel, vocab_size=VOCAB, **how)
+    multiple = parallel.tp if sp else 1
+    batches = pack(make_rollouts(SHAPES), microbatch_tokens=20, multiple=multiple)
+    scores = teacher.score(batches)
+    assert {p.numel() for p in model.parameters()} == {0}  # the head too: nobody needs it now
+    return scores
+
+
+def _distributions(rank):
+    """Return log-probabilities over the vocabulary, and the targets, of every microbatch."""
+    parallel = mesh.initialize()
+    model = build_model(qwen3(), parallel, dtype=torch.float32, seed=3, trainable=False)
+    batches = pack(make_rollouts(SHAPES), microbatch_tokens=20)
+    hidden = [enter_head(forward(model, batch), parallel)[batch.source_N] for batch in batches]
+    logits = [h.double() @ model.head(VOCAB).weight_VH.double().T / 0.7 for h in hidden]
+    return [x[:, :VOCAB].log_softmax(-1) for x in logits], [batch.target_N for batch in batches]
+
+
+@pytest.mark.parametrize(
+    "layout,sp", [((1, 1), False), ((2, 1), True), ((1, 2), False), ((2, 2), True)]
+)
+@pytest.mark.parametrize("payload", ["topk", "sampled"])
+def test_log_probabilities_instead_of_hidden_states(payload, layout, sp):
+    ((distributions, targets),) = run_ranks(_distributions, 1)
+    ranks = run_ranks(_summaries, layout[0] * layout[1], layout, sp, payload)
+    assert all(one is None for scores in ranks[: -layout[0]] for one in scores)
+    for scores in ranks[-layout[0] :]:
+        for one, logp_NV, target_N in zip(scores, distributions, targets, strict=True):
+            assert one.temperature == 0.7
+            if payload == "topk":
+                top = logp_NV.sort(dim=-1, descending=True, stable=True)
+                assert torch.equal(one.ids_NK, top.indices[:, :6])
+                assert (one.logp_NK - top.values[:, :6]).abs().max() < 1e-5
+            else:
+                expected = logp_NV.gather(1, target_N[:, None])[:, 0]
+                assert (one.logp_N - expected).abs().max() < 1e-5
 
 
 def test_offloaded_weights_leave_the_device_and_come_back():

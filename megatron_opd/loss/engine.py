@@ -1,0 +1,210 @@
+"""One microbatch through an objective: logits are made, judged and forgotten, chunk by chunk.
+
+Shape suffixes: N supervised tokens · M measured ones · C tokens of a chunk.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_opd.loss import dynamics
+from megatron_opd.loss.comparison import Comparison, Models
+from megatron_opd.loss.dynamics import Tally
+from megatron_opd.loss.fused import HeadGradient
+from megatron_opd.loss.shard import Projector, Ranks, chunk_tokens, wide
+from megatron_opd.loss.view import View
+from megatron_opd.loss.weights import Weight, per_sequence_sum, reward_to_go
+from megatron_opd.types import Head, HiddenScores, Microbatch, SampledScores, Scores, TopKScores
+
+if TYPE_CHECKING:
+    from megatron_opd.loss.objective import Objective
+
+
+class Loss(NamedTuple):
+    """What a microbatch contributes to the step. Everything stays on the device."""
+
+    loss: Tensor  # Σ a_t·w_t·D_t, carrying the gradient
+    count: Tensor  # int: tokens or sequences, by which the step divides the sum of losses
+    means: dict[str, tuple[Tensor, Tensor]]  # metric → total and count, detached
+    maxima: dict[str, Tensor]
+
+
+class Pass:
+    """The objective `o` on one microbatch."""
+
+    def __init__(
+        self,
+        o: "Objective",
+        hidden_NH: Tensor,
+        head: Head,
+        batch: Microbatch,
+        teacher: Scores | None,
+        base: Scores | None,
+    ):
+        self.o, self.hidden_NH, self.head, self.batch = o, hidden_NH, head, batch
+        self.dtype = wide(hidden_NH)
+        student = Projector(hidden_NH, head, o.student_temperature)
+        self.models = Models(
+            Ranks(head.group), self.dtype, student, self._asked(teacher), self._asked(base)
+        )
+        parameters = (hidden_NH, head.weight_VH, head.bias_V)
+        trains = any(x is not None and x.requires_grad for x in parameters)
+        self.gradient = HeadGradient(student) if trains and torch.is_grad_enabled() else None
+        self.tally = Tally(o.position_bucket, o.max_tokens or 0)
+        self.comparison = Comparison(o, batch, self.models, self.gradient, self.tally)
+
+    def _asked(self, scores: Scores | None) -> Projector | TopKScores | SampledScores | None:
+        if not isinstance(scores, HiddenScores):
+            return scores
+        return Projector(scores.hidden_NH, scores.head, self.o.teacher_temperature)
+
+    @torch.no_grad()
+    def _judge(self) -> tuple[Tensor, Tensor]:
+        """Return Σ a·w·D and the count that goes with it; gradients and metrics add up in self."""
+        factor_N, count = self._aggregate()
+        if not len(factor_N):
+            return factor_N.sum(), count
+        cost_N, total = self._costs_of_responses(), factor_N.new_zeros(())
+        for weight in self.o.token_weights:
+            if weight.whole:
+                factor_N = factor_N * self._over_microbatch(weight)
+        for rows in self._chunks():
+            view = self._view(rows)
+            scale_C = factor_N[rows]
+            for weight in self.o.token_weights:
+                if not weight.whole:
+                    scale_C = scale_C * weight(view).to(self.dtype)
+            if self._dense_both:
+                self._measure(self._measured(view, rows))
+            cost_C = None if cost_N is None else cost_N[rows]
+            value_C = self.comparison.learn(view, rows, scale_C, cost_C)
+            total = total + (scale_C * value_C).sum()
+        if not self._dense_both:
+            for index_M in self.batch.measured_M.split(self._dense_chunk):
+                self._measure(self._view(index_M.to(self.hidden_NH.device, non_blocking=True)))
+        return total, count
+
+    def run(self) -> Loss:
+        """Return the loss with its gradient, and the metrics."""
+        total, count = self._judge()
+        self.tally.mean("loss/objective", total, count)
+        loss = total.clone()
+        if self.gradient is not None:
+            loss = self.gradient.attach(loss, self.hidden_NH, self.head)
+        return Loss(loss, count, self.tally.means(), self.tally.maxima)
+
+    # What a token counts
+
+    def _aggregate(self) -> tuple[Tensor, Tensor]:
+        """Return a_t of every token (0 where it is not supervised), and what divides the sum."""
+        mask_N, o = self.batch.mask_N.to(self.dtype), self.o
+        scale = o.student_temperature * o.teacher_temperature if o.temperature_squared else 1.0
+        if o.aggregation == "token-mean":
+            return mask_N * scale, mask_N.sum().int()
+        length_N = per_sequence_sum(mask_N, self.batch.sequence_N)
+        share_N = mask_N / length_N.clamp(min=1)
+        count = share_N.sum().round().int()  # sequences with a supervised token
+        if o.aggregation == "seq-mean-token-mean":
+            return share_N * scale, count
+        return mask_N * (scale / (o.fixed_length or 1)), count
+
+    def _over_microbatch(self, weight: Weight) -> Tensor:
+        """Call a weight of whole responses with what it wants, gathered chunk by chunk."""
+        parts = [
+            [getattr(view, name) for name in weight.wants]
+            for view in (self._view(rows) for rows in self._chunks())
+        ]
+        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+        return weight.function(*columns).to(self.dtype)
+
+    def _costs_of_responses(self) -> Tensor | None:
+        """Return the costs of all tokens where one depends on others of its response, [N]."""
+        o, pg = self.o, self.o.policy_gradient
+        if pg is None or not (o.discount or o.baseline == "mean"):
+            return None
+        cost_N = torch.cat(
+            [
+                pg.costs(*self.comparison.sampled(self._view(rows), rows)[0][:2])[:, 0]
+                for rows in self._chunks()
+            ]
+        )
+        sequence_N, mask_N = self.batch.sequence_N, self.batch.mask_N.to(self.dtype)
+        cost_N = cost_N * mask_N
+        if o.discount:
+            cost_N = reward_to_go(cost_N, sequence_N, o.discount)
+        if o.baseline == "mean":
+            length_N = per_sequence_sum(mask_N, sequence_N).clamp(min=1)
+            cost_N = cost_N - per_sequence_sum(cost_N * mask_N, sequence_N) / length_N
+        return cost_N
+
+    # Chunks and what is looked at
+
+    @property
+    def _student_dense(self) -> bool:
+        """Whether the loss needs every logit of the student."""
+        return self.o.over_vocabulary or "student_ids_CK" in self.o.wants
+
+    @property
+    def _dense_both(self) -> bool:
+        """Whether every logit of all models exists in a chunk: what metrics want to look at."""
+        over = self.o.over_vocabulary or "teacher_ids_CK" in self.o.wants
+        teacher = self.models.teacher
+        return self._student_dense and over and (teacher is None or isinstance(teacher, Projector))
+
+    @property
+    def _dense_chunk(self) -> int:
+        dense_gradient = self.o.over_vocabulary
+        return chunk_tokens(self.head, self.o.chunk_tokens, dense_gradient=dense_gradient)
+
+    def _chunks(self) -> Iterator[slice]:
+        """Yield the rows of each chunk: all at once where no model's head is multiplied in full."""
+        o, tokens, teacher = self.o, len(self.hidden_NH), self.models.teacher
+        teacher_dense = isinstance(teacher, Projector) and "teacher_ids_CK" in o.wants
+        dense = self._student_dense or teacher_dense or o.looks
+        step = self._dense_chunk if dense or o.chunk_tokens else max(tokens, 1)
+        for start in range(0, tokens, step):
+            yield slice(start, start + step)
+
+    def _view(self, rows: slice | Tensor) -> View:
+        o, models, teacher = self.o, self.models, self.models.teacher
+        drawn = o.rollout_temperature
+        return View(
+            self.batch,
+            rows,
+            models.student.shard(rows),
+            teacher.shard(rows) if isinstance(teacher, Projector) else None,
+            models.ranks,
+            k=o.k,
+            rollout_ratio=None if drawn is None else o.student_temperature / drawn,
+            given=None if isinstance(teacher, Projector) else teacher,
+        )
+
+    def _measured(self, view: View, rows: slice) -> View:
+        """Return the view of the measured tokens of a chunk, on the logits that it has."""
+        first, last = torch.searchsorted(
+            self.batch.measured_M, torch.tensor([rows.start, rows.stop])
+        ).tolist()
+        index_M = self.batch.measured_M[first:last].to(self.hidden_NH.device, non_blocking=True)
+        measured = self._view(index_M)
+        for of_all, of_some in zip(view.models, measured.models, strict=True):
+            of_some.z_CV, of_some.dense = of_all.z_CV[index_M - rows.start], True
+        return measured
+
+    def _measure(self, view: View) -> None:
+        """Add the metrics of a view's tokens."""
+        if not len(view.target_N):
+            return
+        values, maxima = dynamics.student(view), {}
+        if view.teacher is not None:
+            values |= dynamics.teacher(view)
+        if view.given is not None:
+            values |= dynamics.given(view)
+        if self.o.rollout_temperature is not None:
+            mismatch, maxima = dynamics.policy(view)
+            values |= mismatch
+        if "rollout_ids_CK" in self.o.wants and self.batch.rollout_ids_NK is not None:
+            values |= dynamics.topk_mismatch(view, self.batch.rollout_ids_NK[view.rows])
+        self.tally.tokens(values, view.mask_N, view.position_N)
+        self.tally.peaks(maxima, view.mask_N)

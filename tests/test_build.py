@@ -1,0 +1,67 @@
+"""What a config's objective asks of engine, teacher and base."""
+
+import pytest
+
+from megatron_opd.build import build_objective, judges, samplings
+from megatron_opd.config_file import load_config
+from tests.home import make_home
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """Load the config of a home with overrides."""
+    monkeypatch.chdir(make_home(tmp_path))
+    return lambda *overrides: load_config(["config.yaml"], overrides)
+
+
+def gap(s, t):
+    """A divergence."""
+    return (s - t).square()
+
+
+def the_engines(rollout_ids_CK):
+    """A support."""
+    return rollout_ids_CK, rollout_ids_CK >= 0
+
+
+def early(position_N, limit=3):
+    """A weight."""
+    return (position_N < limit).float()
+
+
+def test_names_with_a_colon_are_functions_and_the_others_are_the_losss_own(load):
+    words = ["objective.support=tests.test_build:the_engines", "objective.k=8"]
+    words += ["objective.divergence=tests.test_build:gap", "rollout.temperature=0.7"]
+    words += ["objective.weights={tests.test_build:early: {limit: 5}, tis: {cap: 3.0}}"]
+    objective = build_objective(load(*words, "metrics.position_bucket=9"))
+    assert (objective.support, objective.divergence) == (the_engines, gap)
+    assert objective.weights == {early: {"limit": 5}, "tis": {"cap": 3.0}}
+    assert (objective.rollout_temperature, objective.k) == (0.7, 8)
+    assert (objective.position_bucket, objective.max_tokens) == (9, 36)
+    replay = load("rollout={engine: replay, n: 1}")
+    assert build_objective(replay).rollout_temperature is None
+
+
+@pytest.mark.parametrize(
+    ("support", "ids"),
+    [("student_topk", 0), ("rollout_topk", 5), ("tests.test_build:the_engines", 5), ("full", 0)],
+)
+def test_the_engine_is_asked_for_ids_where_the_support_wants_them(load, support, ids):
+    config = load(f"objective.support={support}", "objective.k=5")
+    training, evaluation = samplings(config, build_objective(config), (2,))
+    assert (training.top_ids, evaluation.top_ids) == (ids, 0)
+
+
+@pytest.mark.parametrize(
+    ("objective", "payload"),
+    [
+        ("{extrapolation: 1.25}", "hidden"),
+        ("{extrapolation: 1.25, support: sampled, form: policy_gradient}", "sampled"),
+        ("{extrapolation: 1.25, support: sampled, form: policy_gradient, baseline: kl}", "hidden"),
+    ],
+)
+def test_the_base_answers_as_briefly_as_the_objective_allows(load, objective, payload):
+    config = load(f"objective={objective}", "base.path=teacher")
+    found = judges(config, build_objective(config))
+    assert found == {"teacher": (config.teacher, "hidden"), "base": (config.base, payload)}
+    assert judges(load(), build_objective(load())).keys() == {"teacher"}
