@@ -198,7 +198,7 @@ def test_the_loss_needs_at_most_what_the_table_says(home, objective):
     measured = _allocated(lambda: learn(states, head, batch, teacher), home / "trace.json")
     table = estimate(config)["train"]
     expected = table["logits of a chunk"] + table["arithmetic on them, float32"]
-    assert 0.65 * expected < measured < 1.01 * expected  # the rest has no dim of size V
+    assert 0.5 * expected < measured < 1.01 * expected  # what is left has no dim of size V
 
 
 def _kept_for_backward(rank, hf, tp, sequence_parallel, recompute):

@@ -218,6 +218,15 @@ def test_every_way_to_judge_runs_from_a_config(home, words, measured):
         assert 0 < record["optim/grad_norm"] < 1000
 
 
+@pytest.mark.parametrize("how", ["{extrapolation: 0.0}", "{extrapolation: 0.0, support: sampled}"])
+def test_the_base_is_what_is_extrapolated_from(home, how):
+    """λ = 0 leaves the base alone: a student that is its base has nothing to learn."""
+    run(1, f"objective={how}", "objective.form=policy_gradient", "base.path=student", *QUICK)
+    first = records(Path("runs/one"))[0]
+    assert abs(first["loss/objective"]) < 1e-6 and first["optim/grad_norm"] < 1e-5
+    assert first["distill/reverse_kl"] > 0.1  # to the teacher
+
+
 def test_metrics_are_taken_at_the_first_step_every_so_often_and_at_the_last(home):
     run(1, *QUICK, "train.steps=5", "metrics={every: 3, token_fraction: 0.5}")
     history = records(Path("runs/one"))

@@ -29,6 +29,7 @@ def teacher(view: View) -> dict[str, Tensor]:
         "distill/entropy_gap": (view.student_entropy_N - view.teacher_entropy_N).abs(),  # Eq. 8
         **divergences,
         "distill/support_kl": view.topk_kl_N,  # Eq. 5
+        "distill/support_forward_kl": view.topk_forward_kl_N,
         "distill/overlap_ratio": view.overlap_N,  # Eq. 6
         **_on_top(view),
     }

@@ -16,7 +16,7 @@ from megatron_opd.types import Head
 
 LOGITS_BYTES = {"cpu": 2**26, "cuda": 2**29}  # of one model's logits that exist at once on a rank
 FEWEST_TOKENS = 64  # of a chunk: below, reading the head costs more than multiplying by it
-ARITHMETIC = {"cpu": 2**21, "cuda": 2**26}  # entries that wide arithmetic works on at once
+ARITHMETIC = {"cpu": 2**18, "cuda": 2**26}  # entries that wide arithmetic works on at once
 
 
 class Projector:

@@ -147,6 +147,12 @@ class View:
         s_NK, t_NK = self.on_top[:, 0].log_softmax(-1)
         return (s_NK.exp() * (s_NK - t_NK)).sum(-1)
 
+    @property
+    def topk_forward_kl_N(self) -> Tensor:
+        """KL(q̄‖p̄) there."""
+        s_NK, t_NK = self.on_top[:, 0].log_softmax(-1)
+        return (t_NK.exp() * (t_NK - s_NK)).sum(-1)
+
     @cached_property
     def log_ratio_N(self) -> Tensor:
         """Δ = log π(y) − log μ(y): the student's word against the rollout engine's.

@@ -52,6 +52,7 @@ def test_full_overlap_and_support_kl():
     kl = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     is_close(got, overlap_ratio=1, support_kl=kl, overlap_advantage=-kl / 2, top1_agreement=1)
     is_close(got, overlap_mass_student=0.8, overlap_mass_teacher=0.8)
+    is_close(got, support_forward_kl=0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25))
     is_close(got, extreme_gap=0.2)  # ¾ · log 1.5 against ¼ · log 2: the first, .6 − .4
 
 
