@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from megatron_opd.config import Config, Frozen
 from megatron_opd.loss import Objective
-from megatron_opd.loss.shard import ARITHMETIC, FEWEST_TOKENS, LOGITS_BYTES
+from megatron_opd.loss.shard import ARITHMETIC, chunk_tokens
 from megatron_opd.model import Architecture, architecture, padded_vocab
 from megatron_opd.model.hf_map import manifest, weights
 
@@ -92,8 +92,9 @@ def _training(
 ) -> dict[str, int]:
     columns = padded_vocab(student.vocab_rows, config.parallel.tp) // config.parallel.tp
     width = WIDTH[config.student.dtype]
-    budget = LOGITS_BYTES["cuda"] // (1 if objective.over_vocabulary else 4)
-    tokens = objective.chunk_tokens or max(FEWEST_TOKENS, budget // (columns * width))
+    tokens = objective.chunk_tokens or chunk_tokens(
+        columns, width, "cuda", dense_gradient=objective.over_vocabulary
+    )
     models = 1 + sum(payload == "hidden" for _, payload in judges.values())
     # of the part of a chunk that arithmetic works on: its own, and float32 copies of bfloat16
     buffers = (8 if judges else 4) + (models if width == 2 else 0)

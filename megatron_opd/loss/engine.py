@@ -155,8 +155,13 @@ class Pass:
 
     @property
     def _dense_chunk(self) -> int:
-        dense_gradient = self.o.over_vocabulary
-        return chunk_tokens(self.head, self.o.chunk_tokens, dense_gradient=dense_gradient)
+        weight_VH = self.head.weight_VH
+        return self.o.chunk_tokens or chunk_tokens(
+            len(weight_VH),
+            weight_VH.element_size(),
+            weight_VH.device.type,
+            dense_gradient=self.o.over_vocabulary,
+        )
 
     def _chunks(self) -> Iterator[slice]:
         """Yield the rows of each chunk: all at once where no model's head is multiplied in full."""

@@ -16,7 +16,7 @@ from megatron_opd.types import Head
 
 LOGITS_BYTES = {"cpu": 2**26, "cuda": 2**29}  # of one model's logits that exist at once on a rank
 FEWEST_TOKENS = 64  # of a chunk: below, reading the head costs more than multiplying by it
-ARITHMETIC = {"cpu": 2**18, "cuda": 2**26}  # entries that wide arithmetic works on at once
+ARITHMETIC = {"cpu": 2**18, "cuda": 2**24}  # entries that wide arithmetic works on at once
 
 
 class Projector:
@@ -184,16 +184,13 @@ class Ranks:
         return torch.stack(parts)
 
 
-def chunk_tokens(head: Head, asked: int | None, *, dense_gradient: bool = True) -> int:
-    """Return how many tokens' logits exist at once: what was asked, or what a fixed memory holds.
+def chunk_tokens(columns: int, itemsize: int, device: str, *, dense_gradient: bool) -> int:
+    """Return how many tokens' logits may exist at once, of `columns` on a rank.
 
     Where no gradient of all logits is to be multiplied out, smaller chunks cost nothing.
     """
-    if asked is not None:
-        return asked
-    weight_VH = head.weight_VH
-    memory = LOGITS_BYTES[weight_VH.device.type] // (1 if dense_gradient else 4)
-    return max(FEWEST_TOKENS, memory // (len(weight_VH) * weight_VH.element_size()))
+    memory = LOGITS_BYTES[device] // (1 if dense_gradient else 4)
+    return max(FEWEST_TOKENS, memory // (columns * itemsize))
 
 
 def blocks(rows: int, width: int, device: torch.device) -> Iterator[slice]:

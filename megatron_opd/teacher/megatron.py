@@ -74,7 +74,7 @@ class MegatronTeacher:
             kind=self.payload,
             k=self.k,
             temperature=self.temperature,
-            chunk=self.chunk_tokens,
+            chunk_tokens=self.chunk_tokens,
         )
 
 
