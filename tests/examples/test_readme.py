@@ -8,7 +8,7 @@ import yaml
 
 from megatron_opd.build import build_objective
 from megatron_opd.config import Config
-from megatron_opd.loss.objective import DIVERGENCES, SUPPORTS
+from megatron_opd.loss.rules import DIVERGENCES, SUPPORTS
 from megatron_opd.loss.weights import WEIGHTS
 
 README = (Path(__file__).parents[2] / "README.md").read_text()

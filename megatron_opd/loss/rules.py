@@ -1,0 +1,258 @@
+"""What goes with what: settings that exclude each other, and calls that do not fit them.
+
+Each rule is (is it so, what to tell the user), the line in terms of the config's keys.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
+
+from megatron_opd.loss import divergences, supports
+from megatron_opd.loss.shard import Ranks
+from megatron_opd.loss.weights import WEIGHTS
+from megatron_opd.types import Head, HiddenScores, Microbatch, Scores, TopKScores
+
+if TYPE_CHECKING:
+    from megatron_opd.loss.objective import Objective
+
+SUPPORTS = (*supports.SUPPORTS, "full")
+DIVERGENCES = (*divergences.OVER_A_SET, "cross_entropy")
+Rules = Iterator[tuple[bool, str]]
+
+
+def contradictions(o: "Objective") -> Rules:
+    """Yield what excludes what among the settings."""
+    yield from _unknown_names(o)
+    yield from _numbers(o)
+    yield from _divergence_and_form(o)
+    yield from _sets(o)
+    yield from _rewards(o)
+    yield from _target(o)
+    yield (
+        o.rollout_temperature is None and any("log_ratio_N" in w.wants for w in o.token_weights),
+        "objective.weights: one compares the student with the engine that drew the responses, but "
+        "rollout_temperature is None: none did (rollout.engine=replay); leave it out",
+    )
+    yield (
+        (o.aggregation == "seq-mean-token-sum-norm") != (o.fixed_length is not None),
+        f"objective.fixed_length: got {o.fixed_length}, expected a length exactly when "
+        "aggregation=seq-mean-token-sum-norm, which divides by it",
+    )
+    yield (
+        bool(o.position_bucket) and o.max_tokens is None,
+        "max_tokens: missing, but position_bucket needs the length of the longest response",
+    )
+
+
+def _numbers(o: "Objective") -> Rules:
+    for name in ("k", "chunk_tokens", "fixed_length"):
+        value = getattr(o, name)
+        wrong = value is not None and value < 1
+        yield wrong, f"objective.{name}: got {value}, expected 1 or more"
+    for name in ("student_temperature", "teacher_temperature", "rollout_temperature"):
+        value = getattr(o, name)
+        wrong = value is not None and not value > 0
+        yield wrong, f"objective.{name}: got {value}, expected more than 0"
+
+
+def _divergence_and_form(o: "Objective") -> Rules:
+    hard, user = o.divergence == "cross_entropy", callable(o.divergence)
+    pg, sampled = o.form == "policy_gradient", o.support == "sampled"
+    yield (
+        hard and not sampled,
+        f"objective.support: got {_show(o.support)}, expected 'sampled' with "
+        "objective.divergence=cross_entropy",
+    )
+    yield (
+        sampled and not (hard or user or o.divergence == "reverse_kl"),
+        f"objective.divergence: got '{o.divergence}', expected reverse_kl or cross_entropy with "
+        "objective.support=sampled: the others need more of the distribution than one token",
+    )
+    yield (
+        sampled and not pg and not hard and not user and o.estimator == "k1",
+        "objective.estimator: got 'k1' with form=direct, which cannot learn: the gradient of "
+        "log p(y) − log q(y) is that of log p(y), whose mean over y ~ p is zero whatever the "
+        "teacher says; set objective.form=policy_gradient, or estimator=k2 (reverse KL)",
+    )
+    yield (
+        pg and hard,
+        "objective.form: got 'policy_gradient', expected 'direct' with divergence=cross_entropy",
+    )
+    yield (
+        pg and not user and o.divergence != "reverse_kl",
+        f"objective.divergence: got '{o.divergence}', expected reverse_kl with "
+        "form=policy_gradient, or a function f(s, t) that is the cost of a candidate",
+    )
+
+
+def _sets(o: "Objective") -> Rules:
+    one_entry = o.over_set and o.normalize == "support" and o.k == 1 and not o.append_sampled
+    may_be_more = o.support in ("union", "union-intersection") or callable(o.support)
+    yield (
+        one_entry and not may_be_more,
+        "objective.k: got 1, expected 2 or more: renormalised over one entry both models give it "
+        "probability 1 and the gradient is zero; for one token a position set support=sampled",
+    )
+    yield (
+        o.append_sampled and not o.over_set,
+        f"objective.append_sampled: got true, expected false with support={_show(o.support)}, "
+        "which has the sampled token already",
+    )
+    nothing_left = not o.over_set or o.normalize != "vocab"
+    yield (
+        o.tail and (nothing_left or o.form == "policy_gradient"),
+        "objective.tail: got true, expected false unless a top-k support is normalised over the "
+        "vocabulary (normalize=vocab) in the direct form: elsewhere nothing is left for a tail",
+    )
+
+
+def _rewards(o: "Objective") -> Rules:
+    pg, sampled = o.form == "policy_gradient", o.support == "sampled"
+    given = [
+        name
+        for name, default in (
+            ("baseline", "none"),
+            ("reward_floor", None),
+            ("reward_cap", None),
+            ("discount", 0.0),
+            ("center_on_support", False),
+        )
+        if getattr(o, name) != default
+    ]
+    yield (
+        not pg and bool(given),
+        f"objective.{given[0] if given else ''}: only form=policy_gradient has rewards; set that, "
+        "or leave it out",
+    )
+    for name in ("center_on_support", "discount"):
+        for_sampled = name == "discount"
+        yield (
+            name in given and sampled != for_sampled,
+            f"objective.{name}: expected a {'sampled' if for_sampled else 'top-k or full'} "
+            f"support, got {_show(o.support)}",
+        )
+    yield (
+        o.baseline == "mean" and not sampled,
+        "objective.baseline: got 'mean', expected it with support=sampled; over a set, "
+        "center_on_support takes the mean",
+    )
+    yield (
+        o.baseline != "none" and o.center_on_support,
+        f"objective.baseline: got '{o.baseline}', which center_on_support takes away again; "
+        "choose one",
+    )
+    yield (
+        not o.reward_weight_normalize and o.over_set and o.normalize != "vocab",
+        "objective.reward_weight_normalize: got false, expected true unless normalize=vocab: "
+        "renormalised on the support, probabilities are weights already",
+    )
+    yield (
+        not 0 <= o.discount <= 1,
+        f"objective.discount: got {o.discount:g}, expected 0 to 1",
+    )
+    low, high = o.reward_floor, o.reward_cap
+    yield (
+        low is not None and high is not None and low >= high,
+        f"objective.reward_floor: got {low}, expected less than objective.reward_cap={high}",
+    )
+
+
+def _target(o: "Objective") -> Rules:
+    yield (
+        o.divergence == "cross_entropy" and (o.extrapolation != 1.0 or o.veto != 0.0),
+        "objective.extrapolation, objective.veto: cross_entropy has no teacher to change",
+    )
+    yield (
+        not math.isfinite(o.extrapolation),
+        f"objective.extrapolation: got {o.extrapolation}, expected a number",
+    )
+    yield (
+        not 0 <= o.veto < 1,
+        f"objective.veto: got {o.veto:g}, expected 0 or more and less than 1, where the target "
+        "would be the student itself",
+    )
+    rescaled = o.jsd_rescale and 0 <= o.jsd_beta <= 1
+    yield (
+        o.divergence == "jsd" and not (0 < o.jsd_beta < 1 or rescaled),
+        f"objective.jsd_beta: got {o.jsd_beta:g}, expected between 0 and 1: at the ends JSD is "
+        "zero; set jsd_rescale=true for its limits, or divergence=forward_kl (0), reverse_kl (1)",
+    )
+    yield (
+        o.divergence == "skew_kl" and not 0 < o.skew_alpha < 1,
+        f"objective.skew_alpha: got {o.skew_alpha:g}, expected between 0 and 1; 0 is forward_kl",
+    )
+
+
+def _unknown_names(o: "Objective") -> Rules:
+    for key, kind in get_type_hints(type(o)).items():
+        known = get_args(kind)
+        if get_origin(kind) is Literal and getattr(o, key) not in known:
+            yield True, f"objective.{key}: got '{getattr(o, key)}', expected {', '.join(known)}"
+    named = [("support", o.support, SUPPORTS), ("divergence", o.divergence, DIVERGENCES)]
+    named += [("weights", name, tuple(WEIGHTS)) for name in o.weights]
+    for key, name, known in named:
+        if isinstance(name, str) and name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            yield (
+                True,
+                f"objective.{key}: got '{name}', expected {', '.join(known)}, or a function as "
+                f"module:name{hint}",
+            )
+
+
+def _show(name: str | Callable) -> str:
+    return f"'{name}'" if isinstance(name, str) else getattr(name, "__name__", repr(name))
+
+
+def misfits(
+    o: "Objective", head: Head, batch: Microbatch, teacher: Scores | None, base: Scores | None
+) -> Rules:
+    """Yield (is it so, what to say) of what the call brings."""
+    for name, scores, needed in (
+        ("teacher", teacher, o.needs_teacher),
+        ("base", base, o.needs_base),
+    ):
+        key = "divergence" if name == "teacher" else "extrapolation"
+        yield (
+            (scores is not None) != needed,
+            f"{name}: got {'none' if scores is None else 'one'}, but objective.{key}="
+            f"{getattr(o, key)} {'needs one' if needed else 'uses none'}",
+        )
+        yield from _unserved(o, name, scores, head)
+    yield (
+        "rollout_ids_CK" in o.wants and batch.rollout_ids_NK is None,
+        "objective.support: rollout_topk needs the engine's top ids with every rollout, and "
+        "these have none",
+    )
+    yield (
+        o.needs_teacher and o.k > head.vocab_size,
+        f"objective.k: got {o.k}, expected at most the vocabulary's {head.vocab_size}",
+    )
+
+
+def _unserved(o: "Objective", name: str, scores: Scores | None, head: Head) -> Rules:
+    """Yield what these scores cannot say."""
+    if isinstance(scores, HiddenScores):
+        yield (
+            scores.head.vocab_size != head.vocab_size,
+            f"{name}: got a head of {scores.head.vocab_size} entries, expected the student's "
+            f"{head.vocab_size}; give both the tokenizer's size",
+        )
+        yield (
+            (o.support == "full" or o.baseline == "kl" or o.mixes_vocabulary)
+            and Ranks(head.group).size > 1
+            and len(scores.head.weight_VH) != len(head.weight_VH),
+            f"{name}: got {len(scores.head.weight_VH)} head rows on this rank, expected the "
+            f"student's {len(head.weight_VH)}: entries of the whole vocabulary are compared "
+            "where they are; build it with the student's padded vocabulary",
+        )
+    elif scores is not None:
+        for obstacle in o.needs_hidden(topk=isinstance(scores, TopKScores)):
+            yield True, f"{name}: got {type(scores).__name__}, but {obstacle}"
+        yield (
+            scores.temperature != o.teacher_temperature,
+            f"{name}: scored at temperature {scores.temperature:g}, but objective."
+            f"teacher_temperature={o.teacher_temperature:g}",
+        )
