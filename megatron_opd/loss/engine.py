@@ -13,7 +13,7 @@ from megatron_opd.loss import dynamics
 from megatron_opd.loss.comparison import Comparison, Models
 from megatron_opd.loss.dynamics import Tally
 from megatron_opd.loss.fused import HeadGradient
-from megatron_opd.loss.shard import Projector, Ranks, chunk_tokens, wide
+from megatron_opd.loss.shard import SPARSE_TOKENS, Projector, Ranks, chunk_tokens, wide
 from megatron_opd.loss.view import View
 from megatron_opd.loss.weights import Weight, per_sequence_sum, reward_to_go
 from megatron_opd.types import Head, HiddenScores, Microbatch, SampledScores, Scores, TopKScores
@@ -164,12 +164,13 @@ class Pass:
         )
 
     def _chunks(self) -> Iterator[slice]:
-        """Yield the rows of each chunk: all at once where no model's head is multiplied in full."""
-        o, tokens, teacher = self.o, len(self.hidden_NH), self.models.teacher
+        """Yield the rows of each chunk: more where no model's head is multiplied in full."""
+        o, teacher = self.o, self.models.teacher
         teacher_dense = isinstance(teacher, Projector) and "teacher_ids_CK" in o.wants
         dense = self._student_dense or teacher_dense or o.looks
-        step = self._dense_chunk if dense or o.chunk_tokens else max(tokens, 1)
-        for start in range(0, tokens, step):
+        sparse_chunk = o.chunk_tokens or SPARSE_TOKENS[self.hidden_NH.device.type]
+        step = self._dense_chunk if dense else sparse_chunk
+        for start in range(0, len(self.hidden_NH), step):
             yield slice(start, start + step)
 
     def _view(self, rows: slice | Tensor) -> View:

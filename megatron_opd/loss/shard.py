@@ -14,7 +14,8 @@ from torch import Tensor
 
 from megatron_opd.types import Head
 
-LOGITS_BYTES = {"cpu": 2**26, "cuda": 2**29}  # of one model's logits that exist at once on a rank
+LOGITS_BYTES = {"cpu": 3 * 2**24, "cuda": 2**29}  # of one model's logits that exist at once on a rank
+SPARSE_TOKENS = {"cpu": 512, "cuda": 8192}  # of a chunk where only K logits a token are made
 FEWEST_TOKENS = 64  # of a chunk: below, reading the head costs more than multiplying by it
 ARITHMETIC = {"cpu": 2**18, "cuda": 2**24}  # entries that wide arithmetic works on at once
 
@@ -126,12 +127,20 @@ class VocabShard:
         if not self.width:
             return
         column_CK, owned_CK = self.own(ids_CK)
-        away = torch.where(owned_CK & valid_CK, -math.inf, math.inf).to(self.z_CV.dtype)
-        self.z_CV.scatter_reduce_(-1, column_CK, away, "amin")
+        away_CK = owned_CK & valid_CK
+        # every other id is given a place that is written anyway: equal writes have no order
+        place_C1 = column_CK.gather(-1, away_CK.int().argmax(-1, keepdim=True))
+        kept_C1 = self.z_CV.gather(-1, place_C1).masked_fill_(away_CK.any(-1, True), -math.inf)
+        column_CK = torch.where(away_CK, column_CK, place_C1)
+        row_C1 = torch.arange(len(column_CK), device=column_CK.device)[:, None]
+        # scatter_ would copy all of z, were it bf16 on a CPU
+        self.z_CV.index_put_((row_C1, column_CK), kept_C1.expand_as(column_CK))
 
     def top(self, k: int) -> tuple[Tensor, Tensor]:
         """Return this rank's k highest logits and their ids, padded with −inf, [C, k]."""
-        value_CK, column_CK = _first_of_sorted(self.z_CV, k)
+        rows = blocks(len(self.z_CV), self.width, self.z_CV.device)
+        found = zip(*(_first_of_sorted(self.z_CV[block], k) for block in rows), strict=True)
+        value_CK, column_CK = (torch.cat(parts) for parts in found)
         missing = (0, k - value_CK.shape[-1])  # a rank may own fewer than k columns
         value_CK = F.pad(value_CK.to(wide(self.hidden_CH)), missing, value=-math.inf)
         return value_CK, F.pad(column_CK + self.start, missing)
@@ -236,6 +245,6 @@ def _leading(x_CV: Tensor, k: int) -> Tensor:
     kth_C1 = x_CV.topk(k).values[:, -1:]
     above_CV, tied_CV = x_CV > kth_C1, x_CV == kth_C1
     room_C1 = k - above_CV.sum(-1, keepdim=True)
-    kept_CV = above_CV | (tied_CV & (tied_CV.cumsum(-1) <= room_C1))
+    kept_CV = above_CV | (tied_CV & (tied_CV.cumsum(-1, dtype=torch.int32) <= room_C1))
     leftness_V = torch.arange(x_CV.shape[-1], 0, -1, device=x_CV.device)
     return torch.where(kept_CV, leftness_V, 0).topk(k).indices
