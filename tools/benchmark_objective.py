@@ -40,6 +40,8 @@ is the peak of a process of its own above what lay there before, without the two
 are the largest, relative to the largest entry of that gradient in float64, over the first 32
 tokens and the whole vocabulary."""
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+SHAPE = ("tokens", "vocab", "hidden", "k", "tp", "dtype")
+COLUMNS = ("loss", "s", "× baseline", "target", "MiB", "× baseline", "target", "gradient error")
 ERROR_TOKENS, TOKENS_AT_ONCE, ROWS_AT_ONCE, PAGE = 32, 64, 8192, 4096
 
 
@@ -285,7 +287,7 @@ def _wait(parallel: mesh.Parallel) -> None:
     dist.barrier(group=parallel.tp_group)
 
 
-def mebibytes(step: Step, inputs: Inputs) -> float:
+def peak_bytes(step: Step, inputs: Inputs) -> int:
     """Return the peak of one forward and backward, without what was there and what stays."""
     cuda = inputs.parallel.device.type == "cuda"
     step(inputs.first(8)).backward()  # what is loaded once: kernels, threads
@@ -301,7 +303,7 @@ def mebibytes(step: Step, inputs: Inputs) -> float:
     peak = torch.cuda.max_memory_allocated() if cuda else _status("VmHWM")
     kept = (inputs.hidden_TH.grad, inputs.weight_VH.grad)
     gradients = sum(x.nbytes for x in kept if x is not None)
-    return max(peak - before - gradients, PAGE) / 2**20
+    return max(peak - before - gradients, PAGE)
 
 
 def _status(name: str) -> int:
@@ -385,7 +387,7 @@ def _rank(rank: int, options: argparse.Namespace, folder: str, name: str | None)
     if name is None:
         result = measure(options, inputs)
     else:
-        result = mebibytes(make_step(ALL[name], inputs), inputs)
+        result = peak_bytes(make_step(ALL[name], inputs), inputs)
     if rank == 0:
         Path(folder, "result").write_text(json.dumps(result))
     mesh.shutdown()
@@ -400,47 +402,48 @@ def launch(options: argparse.Namespace, name: str | None = None) -> Any:
         return json.loads(Path(folder, "result").read_text())
 
 
-def report(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure, and return what is written as JSON; the baseline is the first row."""
-    load = os.getloadavg()
-    measured = launch(options)
-    rows: list[dict[str, Any]] = []
+def report(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Measure; return a row a loss, the baseline first, and why a peer is absent."""
+    measured, rows = launch(options), []
     for name, repeats in measured["seconds"].items():
-        hidden, head = measured["errors"][name]
-        row = {"row": name, "seconds": statistics.median(repeats), "repeats": repeats}
-        row |= {"time_target": ALL[name].time, "memory_target": ALL[name].memory}
-        row |= {"memory_mib": launch(options, name), "hidden_error": hidden, "head_error": head}
-        rows.append(row)
+        rows.append(
+            {
+                "loss": name,
+                **{key: getattr(options, key) for key in SHAPE},
+                "seconds": statistics.median(repeats),
+                "peak_bytes": launch(options, name),
+                "grad_error": max(measured["errors"][name]),
+                "repeats": repeats,
+            }
+        )
     for row in rows:
-        row["time_ratio"] = row["seconds"] / rows[0]["seconds"]
-        row["memory_ratio"] = row["memory_mib"] / rows[0]["memory_mib"]
-    asked = {k: v for k, v in vars(options).items() if k != "json"}
-    return {"options": asked, "load": load, "rows": rows, "absent": measured["absent"]}
+        row["baseline_seconds"] = rows[0]["seconds"]
+        row["baseline_peak_bytes"] = rows[0]["peak_bytes"]
+    return rows, measured["absent"]
 
 
-COLUMNS = (
-    ("row", "row", "{}"),
-    ("s", "seconds", "{:.3f}"),
-    ("× baseline", "time_ratio", "{:.2f}"),
-    ("target", "time_target", "≤ {:.2f}"),
-    ("MiB", "memory_mib", "{:.0f}"),
-    ("× baseline", "memory_ratio", "{:.3f}"),
-    ("target", "memory_target", "≤ {:.3f}"),
-    ("error, hidden", "hidden_error", "{:.0e}"),
-    ("error, head", "head_error", "{:.0e}"),
-)
+def cells(row: dict[str, Any]) -> list[str]:
+    """Return the columns of a row of the table."""
+    known = ALL[row["loss"]]
+    return [
+        row["loss"],
+        f"{row['seconds']:.3f}",
+        f"{row['seconds'] / row['baseline_seconds']:.3f}",
+        f"≤ {known.time:.2f}" if known.time else "",
+        f"{row['peak_bytes'] / 2**20:.0f}",
+        f"{row['peak_bytes'] / row['baseline_peak_bytes']:.3f}",
+        f"≤ {known.memory:.3f}" if known.memory else "",
+        f"{row['grad_error']:.0e}",
+    ]
 
 
-def table(result: dict[str, Any]) -> str:
+def table(rows: list[dict[str, Any]], absent: dict[str, str]) -> str:
     """Return an aligned Markdown table, and a line for every peer that is absent."""
-    lines = [[title for title, _, _ in COLUMNS]]
-    for row in result["rows"]:
-        cells = ((row[key], form) for _, key, form in COLUMNS)
-        lines.append(["" if value is None else form.format(value) for value, form in cells])
+    lines = [list(COLUMNS), *map(cells, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
     text = ["| " + " | ".join(map(str.rjust, line, widths)) + " |" for line in lines]
-    return "\n".join([*text, *(f"{k}: absent, {why}" for k, why in result["absent"].items())])
+    return "\n".join([*text, *(f"{name}: absent, {why}" for name, why in absent.items())])
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -494,9 +497,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
-    result = report(options)
-    options.json.write_text(json.dumps(result, indent=1))
-    print(table(result))
+    rows, absent = report(options)
+    options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(rows, absent))
     return 0
 
 
