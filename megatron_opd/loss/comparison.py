@@ -129,12 +129,8 @@ class Comparison:
         if isinstance(self.models.teacher, TopKScores):
             found["teacher_ids_CK"] = self.models.teacher.ids_NK[rows]
         assert o.choose is not None
-        ids_CK, valid_CK = o.choose(**{name: found[name] for name in o.wants})
-        return (
-            supports.append(ids_CK, valid_CK, view.target_N)
-            if o.append_sampled
-            else (ids_CK, valid_CK)
-        )
+        chosen = o.choose(**{name: found[name] for name in o.wants})
+        return supports.append(*chosen, view.target_N) if o.append_sampled else chosen
 
     def _at_and_rest(self, shard: VocabShard, ids_CK: Tensor, valid_CK: Tensor) -> Tensor:
         """Return z at S, and log Σ exp z outside of S as one more column; removes S."""
@@ -191,11 +187,9 @@ class Comparison:
         local = student.by_rows(sums, student.z_CV, teacher.z_CV, s_lse_C, t_lse_C, baseline_C)
         value_C, mass_C = self.models.ranks.sum(local).unbind(-1)
         if self.o.center_on_support:
-            flat = self.o.reward_weight == "none" and not self.o.reward_weight_normalize
-            baseline_C = value_C / (
-                self.models.student.head.vocab_size if flat else 1
-            )  # over the weights' sum
-            value_C, mass_C = value_C * 0, mass_C * 0
+            ones = self.o.reward_weight == "none" and not self.o.reward_weight_normalize
+            total = self.models.student.head.vocab_size if ones else 1  # of the weights
+            baseline_C, value_C, mass_C = value_C / total, value_C * 0, mass_C * 0
         if self.gradient is None or not student.width:
             return value_C
 

@@ -66,7 +66,9 @@ class HeadGradient:
         slope_CK = self.student.slope(terms.z_CK)
         own_CK = (terms.gradient_CK * slope_CK * scale_C[:, None]).masked_fill(~owned_CK, 0.0)
         if terms.outside_C is None or terms.over_C is None:
-            self._add_sparse(rows, column_CK, own_CK)
+            # zeros for the ids of other ranks, but not all on one row: a GPU would add in turn
+            spread_C1 = torch.arange(len(column_CK), device=column_CK.device)[:, None] % shard.width
+            self._add_sparse(rows, torch.where(owned_CK, column_CK, spread_C1), own_CK)
             return
         outside_C, over_C = terms.outside_C * scale_C, terms.over_C
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_opd.types import Head
 
-LOGITS_BYTES = {"cpu": 3 * 2**24, "cuda": 2**29}  # of one model's logits that exist at once on a rank
+LOGITS_BYTES = {"cpu": 3 * 2**24, "cuda": 2**29}  # of one model that exist at once on a rank
 SPARSE_TOKENS = {"cpu": 512, "cuda": 8192}  # of a chunk where only K logits a token are made
 FEWEST_TOKENS = 64  # of a chunk: below, reading the head costs more than multiplying by it
 ARITHMETIC = {"cpu": 2**18, "cuda": 2**24}  # entries that wide arithmetic works on at once
