@@ -184,20 +184,28 @@ class Comparison:
             terms = self._integrand(z_CV - s_lse_C[:, None], t_CV - t_lse_C[:, None], b_C[:, None])
             return torch.stack([term_CV.sum(-1) for term_CV in terms], dim=-1)
 
-        local = student.by_rows(sums, student.z_CV, teacher.z_CV, s_lse_C, t_lse_C, baseline_C)
-        value_C, mass_C = self.models.ranks.sum(local).unbind(-1)
+        # on one rank a row's sums are known when its gradient wants them: one pass instead of two
+        trains = self.gradient is not None and student.width > 0
+        at_once = trains and self.models.ranks.size == 1 and not self.o.center_on_support
+        if at_once:
+            value_C, mass_C = torch.empty_like(s_lse_C), torch.empty_like(s_lse_C)
+        else:
+            local = student.by_rows(sums, student.z_CV, teacher.z_CV, s_lse_C, t_lse_C, baseline_C)
+            value_C, mass_C = self.models.ranks.sum(local).unbind(-1)
         if self.o.center_on_support:
             ones = self.o.reward_weight == "none" and not self.o.reward_weight_normalize
             total = self.models.student.head.vocab_size if ones else 1  # of the weights
             baseline_C, value_C, mass_C = value_C / total, value_C * 0, mass_C * 0
-        if self.gradient is None or not student.width:
+        if self.gradient is None or not trains:
             return value_C
 
         def gradient(z_CV: Tensor, block: slice) -> Tensor:
             scale_CV = self.models.student.slope(z_CV) * scale_C[block, None]
             s_CV = z_CV.sub_(s_lse_C[block, None])
             t_CV = teacher.z_CV[block].to(self.models.dtype) - t_lse_C[block, None]
-            c_CV = self._integrand(s_CV, t_CV, baseline_C[block, None])[1]
+            value_CV, c_CV = self._integrand(s_CV, t_CV, baseline_C[block, None])
+            if at_once:
+                value_C[block], mass_C[block] = value_CV.sum(-1), c_CV.sum(-1)
             return torch.addcmul(c_CV, s_CV.exp_(), mass_C[block, None], value=-1, out=z_CV).mul_(
                 scale_CV
             )

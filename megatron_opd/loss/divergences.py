@@ -17,14 +17,15 @@ Slope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def reverse_kl(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """KL(p‖q) = Σ p·d, mode seeking."""
-    p, d = s.exp(), s - t
-    return p * d, p * (d + 1)
+    p = s.exp()
+    value = (s - t).mul_(p)
+    return value, p.add_(value)
 
 
 def forward_kl(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q‖p) = −Σ q·d, mode covering."""
     q = t.exp()
-    return q * (t - s), -q
+    return (t - s).mul_(q), q.neg_()
 
 
 def jsd(s: Tensor, t: Tensor, *, beta: float, rescale: bool) -> tuple[Tensor, Tensor]:
@@ -35,17 +36,22 @@ def jsd(s: Tensor, t: Tensor, *, beta: float, rescale: bool) -> tuple[Tensor, Te
     """
     if beta in (0.0, 1.0):  # only reached rescaled: the limits
         return forward_kl(s, t) if beta == 0.0 else reverse_kl(s, t)
-    p, m = s.exp(), torch.logaddexp(t + math.log(beta), s + math.log1p(-beta))
-    slope = p * (s - m) * (1 - beta)
-    value = t.exp() * (t - m) * beta + slope
-    scale = 1 / (beta * (1 - beta)) if rescale else 1.0
-    return value * scale, slope * scale
+    m, scale = _log_mean(s, t, beta), 1 / (beta * (1 - beta)) if rescale else 1.0
+    slope = (s - m).mul_(s.exp()).mul_((1 - beta) * scale)
+    value = (t - m).mul_(t.exp()).mul_(beta * scale)
+    return value.add_(slope), slope
 
 
 def skew_kl(s: Tensor, t: Tensor, *, alpha: float) -> tuple[Tensor, Tensor]:
     """KL(q ‖ αq + (1−α)p), finite where the student has no mass (DistiLLM)."""
-    q, m = t.exp(), torch.logaddexp(t + math.log(alpha), s + math.log1p(-alpha))
-    return q * (t - m), -q * (s + math.log1p(-alpha) - m).exp()
+    q, m = t.exp(), _log_mean(s, t, alpha)
+    slope = (s - m).add_(math.log1p(-alpha)).exp_().mul_(q).neg_()
+    return (t - m).mul_(q), slope
+
+
+def _log_mean(s: Tensor, t: Tensor, teacher_share: float) -> Tensor:
+    """Return log(α·e^t + (1−α)·e^s)."""
+    return torch.logaddexp(t + math.log(teacher_share), s + math.log1p(-teacher_share))
 
 
 def k1(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

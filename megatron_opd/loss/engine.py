@@ -165,12 +165,13 @@ class Pass:
 
     def _chunks(self) -> Iterator[slice]:
         """Yield the rows of each chunk: more where no model's head is multiplied in full."""
-        o, teacher = self.o, self.models.teacher
+        o, teacher, tokens = self.o, self.models.teacher, len(self.hidden_NH)
         teacher_dense = isinstance(teacher, Projector) and "teacher_ids_CK" in o.wants
         dense = self._student_dense or teacher_dense or o.looks
         sparse_chunk = o.chunk_tokens or SPARSE_TOKENS[self.hidden_NH.device.type]
-        step = self._dense_chunk if dense else sparse_chunk
-        for start in range(0, len(self.hidden_NH), step):
+        chunks = -(-tokens // (self._dense_chunk if dense else sparse_chunk))
+        step = -(-tokens // max(chunks, 1))  # of about one size: a small last one costs as much
+        for start in range(0, tokens, max(step, 1)):
             yield slice(start, start + step)
 
     def _view(self, rows: slice | Tensor) -> View:
