@@ -16,7 +16,7 @@ from megatron_opd.types import Head
 
 LOGITS_BYTES = {"cpu": 3 * 2**24, "cuda": 2**29}  # of one model that exist at once on a rank
 SPARSE_TOKENS = {"cpu": 512, "cuda": 8192}  # of a chunk where only K logits a token are made
-FEWEST_TOKENS = 64  # of a chunk: below, reading the head costs more than multiplying by it
+FEWEST_TOKENS = 32  # of a chunk, times bytes of a weight: reading the head must not cost the most
 ARITHMETIC = {"cpu": 2**18, "cuda": 2**24}  # entries that wide arithmetic works on at once
 
 
@@ -199,7 +199,7 @@ def chunk_tokens(columns: int, itemsize: int, device: str, *, dense_gradient: bo
     Where no gradient of all logits is to be multiplied out, smaller chunks cost nothing.
     """
     memory = LOGITS_BYTES[device] // (1 if dense_gradient else 4)
-    return max(FEWEST_TOKENS, memory // (columns * itemsize))
+    return max(FEWEST_TOKENS * itemsize, memory // (columns * itemsize))
 
 
 def blocks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
