@@ -25,7 +25,7 @@ class Measure(NamedTuple):
 
 def on_support(z_CK: Tensor, t_CK: Tensor, valid_CK: Tensor) -> Measure:
     """Renormalise both on S: no normaliser of the vocabulary is needed."""
-    return Measure(_log_softmax(z_CK, valid_CK), _log_softmax(t_CK, valid_CK), valid_CK)
+    return Measure(log_softmax(z_CK, valid_CK), log_softmax(t_CK, valid_CK), valid_CK)
 
 
 def on_vocabulary(
@@ -51,7 +51,8 @@ def on_vocabulary(
     return Measure(s_CK, t_CK, valid_CK, tail, over_C)
 
 
-def _log_softmax(x_CK: Tensor, valid_CK: Tensor) -> Tensor:
+def log_softmax(x_CK: Tensor, valid_CK: Tensor) -> Tensor:
+    """Return x renormalised on the entries that are valid, 0 at the others."""
     hidden_CK = x_CK.masked_fill(~valid_CK, -math.inf)
     return (x_CK - hidden_CK.logsumexp(-1, keepdim=True)).masked_fill(~valid_CK, 0.0)
 
@@ -90,7 +91,7 @@ class PolicyGradient:
         """Return w on S."""
         x_CK = {"student_p": s_CK, "teacher_p": t_CK, "none": torch.zeros_like(s_CK)}[self.weight]
         if self.normalize_weight:
-            x_CK = _log_softmax(x_CK, valid_CK)
+            x_CK = log_softmax(x_CK, valid_CK)
         return torch.where(valid_CK, x_CK.exp(), 0.0)
 
     def coefficients(self, seen: Measure, cost_CK: Tensor) -> tuple[Tensor, Tensor]:

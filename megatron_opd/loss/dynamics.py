@@ -7,6 +7,7 @@ Shape suffixes: N tokens of a view · K = k · B buckets of positions.
 import torch
 from torch import Tensor
 
+from megatron_opd.loss.candidates import log_softmax
 from megatron_opd.loss.supports import among
 from megatron_opd.loss.view import View
 from megatron_opd.types import SampledScores
@@ -30,7 +31,7 @@ def teacher(view: View) -> dict[str, Tensor]:
         **divergences,
         "distill/support_kl": view.topk_kl_N,  # Eq. 5
         "distill/support_forward_kl": view.topk_forward_kl_N,
-        "distill/overlap_ratio": view.overlap_N,  # Eq. 6
+        **_of_ids(view),
         **_on_top(view),
     }
 
@@ -39,17 +40,22 @@ def given(view: View) -> dict[str, Tensor]:
     """Measure a teacher of which only the top k, or only the sampled token, is known."""
     if isinstance(view.given, SampledScores):
         return {"teacher/nll": -view.teacher_logp_N}
+    return _of_ids(view)
+
+
+def _of_ids(view: View) -> dict[str, Tensor]:
+    """Measure what the two top-k sets say without their probabilities."""
     ids_NK, teacher_ids_NK = view.top_ids
-    agree_N = ids_NK[:, 0] == teacher_ids_NK[:, 0]
+    overlap_N = view.overlap_N
     return {
-        "distill/overlap_ratio": view.overlap_N,
-        "distill/top1_agreement": agree_N.to(view.overlap_N.dtype),
+        "distill/overlap_ratio": overlap_N,  # Eq. 6
+        "distill/top1_agreement": (ids_NK[:, 0] == teacher_ids_NK[:, 0]).to(overlap_N.dtype),
     }
 
 
 def _on_top(view: View) -> dict[str, Tensor]:
     s_NK, t_NK = view.on_top[:, 0]  # on the student's top k
-    shared_NK, (ids_NK, teacher_ids_NK) = view.shared_NK, view.top_ids
+    shared_NK = view.shared_NK
     p_NK, q_NK = s_NK.exp(), t_NK.exp()
     return {
         "distill/overlap_advantage": _advantage(s_NK, t_NK, shared_NK),  # Eq. 7
@@ -59,15 +65,12 @@ def _on_top(view: View) -> dict[str, Tensor]:
         "distill/tail_mass_student": 1 - p_NK.sum(-1),
         "distill/tail_mass_teacher": 1 - q_NK.sum(-1),
         "distill/extreme_gap": _extreme_gap(s_NK, t_NK),
-        "distill/top1_agreement": (ids_NK[:, 0] == teacher_ids_NK[:, 0]).to(s_NK.dtype),
     }
 
 
 def _advantage(s_NK: Tensor, t_NK: Tensor, shared_NK: Tensor) -> Tensor:
     """Return Eq. 7, Σ_I p̄ (log q̄ − log p̄) / |I|, both renormalised on I; 0 where I is empty."""
-    s_NK, t_NK = (
-        x - x.masked_fill(~shared_NK, -torch.inf).logsumexp(-1, keepdim=True) for x in (s_NK, t_NK)
-    )
+    s_NK, t_NK = (log_softmax(x_NK, shared_NK) for x_NK in (s_NK, t_NK))
     term_NK = torch.where(shared_NK, s_NK.exp() * (t_NK - s_NK), 0)
     return term_NK.sum(-1) / shared_NK.sum(-1).clamp(min=1)
 
@@ -119,12 +122,11 @@ class Tally:
 
     def _by_position(self, name: str, value_N: Tensor, mask_N: Tensor, bucket_N: Tensor) -> None:
         bucket_N = bucket_N.clamp(max=self.buckets - 1)
-        for what, x_N in (("totals", value_N), ("counts", mask_N)):
-            sums = x_N.new_zeros(self.buckets).index_add_(0, bucket_N, x_N)
-            kept = getattr(self, what)
-            for index, part in enumerate(sums):
-                key = f"{name}@{index * self.bucket}"
-                kept[key] = kept[key] + part if key in kept else part
+        totals_B, counts_B = (
+            x_N.new_zeros(self.buckets).index_add_(0, bucket_N, x_N) for x_N in (value_N, mask_N)
+        )
+        for index, (total, count) in enumerate(zip(totals_B, counts_B, strict=True)):
+            self.mean(f"{name}@{index * self.bucket}", total, count)
 
     def peaks(self, values: dict[str, Tensor], mask_N: Tensor) -> None:
         """Let the values of supervised tokens compete for each maximum."""

@@ -156,7 +156,7 @@ class VocabShard:
 
 
 class Ranks:
-    """The tensor-parallel group of a head. Each method but `own` is one collective at most."""
+    """The tensor-parallel group of a head. Each method is one collective, or none on one rank."""
 
     def __init__(self, group):
         self.group = group

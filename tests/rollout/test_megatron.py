@@ -38,26 +38,27 @@ def generate(layout, sampling, **kwargs):
     return ranks[0]
 
 
-def _training_top(rank, rollouts, k):
-    """The k most likely ids at every response token by the packed training forward."""
+@torch.no_grad()
+def _training_logits(rollouts):
+    """Logits at every response token by the packed training forward, one process; its batch."""
     parallel = mesh.initialize()
     model = _model(parallel)
     (batch,) = pack(rollouts, microbatch_tokens=10_000)
-    with torch.no_grad():
-        hidden = enter_head(forward(model, batch), parallel)[batch.source_N]
-        logits = (hidden @ model.head(VOCAB).weight_VH.T)[:, :VOCAB]
+    hidden = enter_head(forward(model, batch), parallel)[batch.source_N]
+    return (hidden @ model.head(VOCAB).weight_VH.T)[:, :VOCAB], batch
+
+
+def _training_top(rank, rollouts, k):
+    """The k most likely ids at every response token."""
+    logits, batch = _training_logits(rollouts)
     return logits.topk(k).indices, batch.rollout_ids_NK
 
 
 def _training_logp(rank, rollouts, temperature):
-    """Log-probs of the rollouts' own tokens by the packed training forward, one process."""
-    parallel = mesh.initialize()
-    model = _model(parallel)
-    (batch,) = pack(rollouts, microbatch_tokens=10_000)
-    with torch.no_grad():
-        hidden = enter_head(forward(model, batch), parallel)[batch.source_N]
-        logits = (hidden @ model.head(VOCAB).weight_VH.T)[:, :VOCAB] / temperature
-    return log_softmax(logits, -1).gather(1, batch.target_N[:, None])[:, 0], batch.rollout_logp_N
+    """Log-probs of the rollouts' own tokens."""
+    logits, batch = _training_logits(rollouts)
+    logp = log_softmax(logits / temperature, -1)
+    return logp.gather(1, batch.target_N[:, None])[:, 0], batch.rollout_logp_N
 
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (2, 2)])
