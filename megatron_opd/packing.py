@@ -131,7 +131,6 @@ def _build(rollouts: list[Rollout], multiple: int, fraction: float, seed: int) -
         rollout_logp_N=torch.from_numpy(logp_N),
         position_N=torch.from_numpy(position_N),
         sequence_N=torch.from_numpy(np.repeat(np.arange(len(rollouts)), response_S)),
-        sequences=len(rollouts),
         measured_M=torch.from_numpy(np.flatnonzero(measured_N)),
         rollout_ids_NK=_top_ids(rollouts),
     )

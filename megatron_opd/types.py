@@ -49,8 +49,8 @@ class Microbatch:
     """Packed sequences of one forward: no padding between them, each attends to itself only.
 
     `source_N[i]` is the packed position whose hidden state predicts `target_N[i]`; every response
-    token of every sequence appears exactly once among the targets. Sequences are numbered from 0 to
-    `sequences` - 1, in the order of their targets.
+    token of every sequence appears exactly once among the targets.
+    Sequences are numbered from 0, in the order of their targets.
     """
 
     token_T: Tensor  # [T] int64
@@ -63,7 +63,6 @@ class Microbatch:
     rollout_logp_N: Tensor  # [N] fp32, the engine's log p of the target
     position_N: Tensor  # [N] int64, of the target in its response, from 0
     sequence_N: Tensor  # [N] int64, the sequence of the target
-    sequences: int
     measured_M: Tensor  # [M] int64, ascending: the targets that metrics look at; on the host
     rollout_ids_NK: Tensor | None = None  # [N, K] int64, the engine's top ids
 

@@ -42,7 +42,7 @@ tokens and the whole vocabulary."""
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 SHAPE = ("tokens", "vocab", "hidden", "k", "tp", "dtype")
 COLUMNS = ("loss", "s", "× baseline", "target", "MiB", "× baseline", "target", "gradient error")
-ERROR_TOKENS, TOKENS_AT_ONCE, ROWS_AT_ONCE, PAGE = 32, 64, 8192, 4096
+ERROR_TOKENS, TOKENS_AT_ONCE, ROWS_AT_ONCE, PAGE = 128, 64, 8192, 4096
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,6 @@ def one_response(target_T: Tensor, ids_TK: Tensor) -> Microbatch:
         rollout_logp_N=torch.zeros_like(token_T, dtype=torch.float32),
         position_N=token_T,
         sequence_N=torch.zeros_like(token_T),
-        sequences=1,
         measured_M=torch.empty(0, dtype=torch.int64),
         rollout_ids_NK=ids_TK,
     )

@@ -36,22 +36,25 @@ def jsd(s: Tensor, t: Tensor, *, beta: float, rescale: bool) -> tuple[Tensor, Te
     """
     if beta in (0.0, 1.0):  # only reached rescaled: the limits
         return forward_kl(s, t) if beta == 0.0 else reverse_kl(s, t)
-    m, scale = _log_mean(s, t, beta), 1 / (beta * (1 - beta)) if rescale else 1.0
-    slope = (s - m).mul_(s.exp()).mul_((1 - beta) * scale)
-    value = (t - m).mul_(t.exp()).mul_(beta * scale)
+    p, q, scale = s.exp(), t.exp(), 1 / (beta * (1 - beta)) if rescale else 1.0
+    m = _log_mean(p, q, beta)
+    slope = p.mul_(s - m).mul_((1 - beta) * scale)
+    value = q.mul_(t - m).mul_(beta * scale)
     return value.add_(slope), slope
 
 
 def skew_kl(s: Tensor, t: Tensor, *, alpha: float) -> tuple[Tensor, Tensor]:
     """KL(q ‖ αq + (1−α)p), finite where the student has no mass (DistiLLM)."""
-    q, m = t.exp(), _log_mean(s, t, alpha)
+    q = t.exp()
+    m = _log_mean(s.exp(), q, alpha)
     slope = (s - m).add_(math.log1p(-alpha)).exp_().mul_(q).neg_()
     return (t - m).mul_(q), slope
 
 
-def _log_mean(s: Tensor, t: Tensor, teacher_share: float) -> Tensor:
-    """Return log(α·e^t + (1−α)·e^s)."""
-    return torch.logaddexp(t + math.log(teacher_share), s + math.log1p(-teacher_share))
+def _log_mean(p: Tensor, q: Tensor, teacher_share: float) -> Tensor:
+    """Return log(α·q + (1−α)·p), where both underflow too: it then has a factor of 0."""
+    mean = torch.lerp(p, q, teacher_share)
+    return mean.clamp_(min=torch.finfo(mean.dtype).tiny).log_()
 
 
 def k1(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -90,7 +90,7 @@ def policy(view: View) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def topk_mismatch(view: View, rollout_ids_NK: Tensor) -> dict[str, Tensor]:
     """Measure which part of the engine's top k the trainer does not find in its own."""
-    missing_NK = ~among(rollout_ids_NK, view.ranks.top(view.student, k=rollout_ids_NK.shape[-1])[0])
+    missing_NK = ~among(rollout_ids_NK, view.top_ids[0])
     return {"policy/topk_mismatch": missing_NK.to(view.student_logp_N.dtype).mean(-1)}
 
 

@@ -117,7 +117,7 @@ class Pass:
             for view in (self._view(rows) for rows in self._chunks())
         ]
         columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-        return weight.function(*columns).to(self.dtype)
+        return weight.of(**dict(zip(weight.wants, columns, strict=True))).to(self.dtype)
 
     def _costs_of_responses(self) -> Tensor | None:
         """Return the costs of all tokens where one depends on others of its response, [N]."""

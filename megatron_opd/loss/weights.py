@@ -10,7 +10,6 @@ Shape suffix: N tokens, those of a sequence one after the other.
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -114,6 +113,7 @@ class Weight:
     name: str
     function: Callable[..., Tensor]
     wants: tuple[str, ...]
+    options: dict[str, Any]
 
     @property
     def whole(self) -> bool:
@@ -127,7 +127,11 @@ class Weight:
 
     def __call__(self, view: Any) -> Tensor:
         """Return w of the view's tokens, [N]."""
-        return self.function(*(getattr(view, name) for name in self.wants))
+        return self.of(**{name: getattr(view, name) for name in self.wants})
+
+    def of(self, **values: Tensor) -> Tensor:
+        """Return w, given what it wants by name."""
+        return self.function(**values, **self.options)
 
 
 def bind(function: Callable[..., Tensor], options: Mapping[str, Any]) -> Weight:
@@ -151,12 +155,7 @@ def bind(function: Callable[..., Tensor], options: Mapping[str, Any]) -> Weight:
             f"{name}: has no parameter of "
             f"{', '.join(FROM_THE_BATCH + FROM_THE_MODELS)}; a weight depends on the token"
         )
-    by_name = partial(_by_name, function, wants, dict(options))
-    return Weight(function.__name__, by_name, wants)
-
-
-def _by_name(function, wants: tuple[str, ...], options: dict[str, Any], *values: Tensor) -> Tensor:
-    return function(**dict(zip(wants, values, strict=True)), **options)
+    return Weight(function.__name__, function, wants, dict(options))
 
 
 def first_of(group_N: Tensor) -> Tensor:

@@ -177,7 +177,6 @@ def batch_of(problem: Problem, **fields) -> Microbatch:
         rollout_logp_N=problem.rollout_logp,
         position_N=problem.position,
         sequence_N=problem.sequence,
-        sequences=int(problem.sequence.max()) + 1 if len(problem.sequence) else 0,
         measured_M=problem.mask.nonzero().flatten(),
         rollout_ids_NK=problem.rollout_ids,
     )

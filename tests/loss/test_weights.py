@@ -90,4 +90,4 @@ def test_a_weight_says_what_it_looks_at():
     ):
         weight = bind(weights.WEIGHTS[name], {"half_life": 2} if name == "position_decay" else {})
         assert (weight.whole, weight.looks) == (whole, looks), name
-    assert math.isclose(bind(weights.tis, {"cap": 1.0}).function(numbers(3.0)).item(), 1.0)
+    assert math.isclose(bind(weights.tis, {"cap": 1.0}).of(log_ratio_N=numbers(3.0)).item(), 1.0)

@@ -41,6 +41,5 @@ def packed(sequences: list[torch.Tensor]) -> Microbatch:
         rollout_logp_N=none,
         position_N=none.long(),
         sequence_N=none.long(),
-        sequences=0,
         measured_M=none.long(),
     )
