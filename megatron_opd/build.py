@@ -18,7 +18,7 @@ from megatron_opd.metrics import RunLog
 from megatron_opd.model import architecture, build_model, load_hf, padded_vocab
 from megatron_opd.parallel import Parallel
 from megatron_opd.reward import REWARDS
-from megatron_opd.rollout import RolloutEngine, Sampling
+from megatron_opd.rollout import RolloutEngine, Sampling, request_seed
 from megatron_opd.rollout.megatron import MegatronEngine
 from megatron_opd.rollout.replay import ReplayEngine
 from megatron_opd.step import Student, make_student
@@ -164,21 +164,39 @@ def build_judges(
     return built
 
 
-def build_eval_engine(config: cfg.Config, student: Student) -> MegatronEngine:
-    """Build the engine that generates with the student itself: evaluation always does."""
-    return MegatronEngine(
+def build_engines(
+    config: cfg.Config, student: Student, tokenizer: Any
+) -> tuple[RolloutEngine, RolloutEngine]:
+    """Build what writes the training responses, and what writes those that evaluation scores."""
+    if config.rollout.engine == "vllm":
+        engine = _vllm_engine(config, student)
+        return engine, engine
+    embedded = MegatronEngine(
         student.model,
         student.parallel,
         vocab_size=student.vocab_size,
         batch_size=config.rollout.batch_size,
     )
-
-
-def build_engine(config: cfg.Config, student: RolloutEngine, tokenizer: Any) -> RolloutEngine:
-    """Return what writes the training responses: the `student`, or the dataset."""
     if config.rollout.engine == "replay":
-        return ReplayEngine(partial(encode_response, tokenizer))
-    return student
+        return ReplayEngine(partial(encode_response, tokenizer)), embedded
+    return embedded, embedded
+
+
+def _vllm_engine(config: cfg.Config, student: Student) -> RolloutEngine:
+    from megatron_opd.rollout.vllm import VllmEngine  # imports vLLM: seconds, and not always there
+
+    longest = max(config.rollout.max_tokens, config.eval.max_tokens or 0)
+    return VllmEngine(
+        student.model,
+        student.parallel,
+        folder=config.student.path,
+        vocab_size=student.vocab_size,
+        tp=config.rollout.tp,
+        batch_size=config.rollout.batch_size,
+        max_length=config.data.max_prompt_tokens + longest,
+        seed=request_seed(config.seed, student.parallel.rank),
+        options=config.vllm,
+    )
 
 
 def build_objective(config: cfg.Config) -> Objective:
@@ -195,6 +213,9 @@ def build_objective(config: cfg.Config) -> Objective:
         divergence=_named("objective.divergence", section.divergence),
         weights={_named("objective.weights", name): own for name, own in section.weights.items()},
         rollout_temperature=config.rollout.temperature if drawn else None,
+        correction=config.rollout.correction,
+        correction_low=config.rollout.correction_low,
+        correction_high=config.rollout.correction_high,
         position_bucket=config.metrics.position_bucket,
         max_tokens=config.rollout.max_tokens,
     )

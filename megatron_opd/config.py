@@ -104,8 +104,10 @@ class Data(Section):
 class Rollout(Section):
     """How responses are written."""
 
-    engine: Literal["megatron", "replay"] = "megatron"
-    """Who writes: the student itself (megatron), or the dataset (replay)."""
+    engine: Literal["megatron", "vllm", "vllm_server", "replay"] = "megatron"
+    """Who writes: the student itself (megatron), vLLM beside it or elsewhere, the data (replay)."""
+    tp: Positive = 1
+    """Ranks of one engine=vllm; divides parallel.tp."""
     n: Positive = 4
     """Responses per prompt."""
     max_tokens: Positive = 7168
@@ -124,6 +126,12 @@ class Rollout(Section):
     """Do not supervise responses that were cut at max_tokens."""
     mask_format: str | None = None
     """Regular expression that a response must contain to be supervised; null: any will do."""
+    correction: Literal["none", "tis", "icepop", "mask"] = "none"
+    """Token weight by trainer π and engine μ: min(π/μ, high); in [low, high] π/μ, or 1, else 0."""
+    correction_low: float = 0.5
+    """Lowest π/μ that icepop and mask keep."""
+    correction_high: float = 2.0
+    """Highest π/μ that icepop and mask keep, and at which tis cuts it off."""
 
     @field_validator("mask_format")
     @classmethod
@@ -314,6 +322,8 @@ class Config(Section):
     run: Run = Run()
     megatron: dict[str, Any] = {}
     """Fields of Megatron-Core's TransformerConfig, passed on to the student's network."""
+    vllm: dict[str, Any] = {}
+    """Fields of vLLM's EngineArgs, passed on to the engine of rollout.engine=vllm."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -363,6 +373,10 @@ def _contradictions(c: Config) -> Iterable[tuple[bool, str]]:
         f"rollout.n: got {c.rollout.n}, expected 1 with rollout.engine=replay: a row has one "
         "response",
     )
+    yield (
+        c.parallel.tp % c.rollout.tp != 0,
+        f"rollout.tp: got {c.rollout.tp}, expected a divisor of parallel.tp={c.parallel.tp}",
+    )
     longest = c.data.max_prompt_tokens + c.rollout.max_tokens
     yield (
         c.train.microbatch_tokens < longest,
@@ -393,6 +407,10 @@ def cautions(c: Config) -> list[str]:
         (c.data.template == "none", "data", ("chat_template_kwargs",)),
         (replay, "rollout", ("temperature", "top_p", "top_k")),
         (replay and not graded, "rollout", ("stop_token_ids", "batch_size")),
+        (c.rollout.correction in ("none", "tis"), "rollout", ("correction_low",)),
+        (c.rollout.correction == "none", "rollout", ("correction_high",)),
+        (c.rollout.engine != "vllm", "rollout", ("tp",)),
+        (c.rollout.engine != "vllm", "", ("vllm",)),
         (c.optimizer.schedule == "constant", "optimizer", ("min_lr",)),
         (c.parallel.tp == 1, "parallel", ("sequence_parallel",)),
         (not c.run.save_every, "run", ("keep",)),
@@ -402,10 +420,11 @@ def cautions(c: Config) -> list[str]:
         *((here, "objective", names) for here, names in _idle_in_objective(c.objective)),
     ]
     lines = [
-        f"{section}.{name}: has no effect in this config"
+        f"{section}.{name}: has no effect in this config".lstrip(".")
         for without_effect, section, names in idle
         for name in names
-        if without_effect and getattr(getattr(c, section), name) != defaults[section][name].default
+        if without_effect
+        and getattr(getattr(c, section) if section else c, name) != defaults[section][name].default
     ]
     if not replay and (c.rollout.top_p < 1 or c.rollout.top_k):
         lines.append(

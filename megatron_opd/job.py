@@ -41,8 +41,7 @@ class Job:
         self.student = build.build_student(config, parallel, vocab_size=size, steps=self.steps)
         self.objective = build.build_objective(config)
         self.judges = build.build_judges(config, self.objective, parallel, vocab_size=size)
-        self.eval_engine = build.build_eval_engine(config, self.student)
-        self.engine = build.build_engine(config, self.eval_engine, self.tokenizer)
+        self.engine, self.eval_engine = build.build_engines(config, self.student, self.tokenizer)
         self.sampling, self.eval_sampling = build.samplings(config, self.objective, plan.stop_ids)
         self.reward = build.build_reward(config)
 
@@ -183,6 +182,7 @@ class Job:
 
     def evaluate(self) -> dict[str, float]:
         """Measure the student on the held-out prompts."""
+        self.eval_engine.sync()
         return evaluate(
             self.eval_engine,
             self.held_out,
@@ -257,6 +257,7 @@ class Job:
             log.info("exported %s", self.exported)
 
     def close(self) -> None:
-        """Flush and close the log and its mirrors."""
+        """Flush and close the log and its mirrors; let the engine go."""
         if self.run_log is not None:
             self.run_log.close()
+        self.engine.close()

@@ -21,6 +21,7 @@ from megatron.core import parallel_state as mpu  # noqa: E402
 from megatron.core import tensor_parallel  # noqa: E402
 
 T = TypeVar("T")
+_ALONE = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def initialize(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}.items():
+        for name, value in _ALONE.items():
             os.environ.setdefault(name, str(value))
         os.environ.setdefault("MASTER_PORT", "0" if world == 1 else "29500")
         dist.init_process_group(platform.backend(), timeout=timedelta(minutes=timeout_minutes))

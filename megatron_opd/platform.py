@@ -14,6 +14,8 @@ import sys
 import time
 import types
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -126,6 +128,22 @@ def _substitute_megatron() -> None:
     )
     if not hasattr(moe_utils, "te_general_gemm"):  # NameError without TE: moe_utils.py:1192
         moe_utils.te_general_gemm = None
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """Run code that is not Megatron's without the function mode, which every call passes through.
+
+    The substituted functions stay: they do what a CPU build can do.
+    """
+    if _mode is None:
+        yield
+        return
+    _mode.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        _mode.__enter__()
 
 
 def activate() -> None:

@@ -14,10 +14,11 @@ from megatron_opd import build, memory, platform
 from megatron_opd.config import Config, Frozen, cautions
 from megatron_opd.data import same_tokenizer, vocab_size
 from megatron_opd.metrics import check_mirrors
-from megatron_opd.model import architecture, check_files
+from megatron_opd.model import architecture, check_files, read_config
 from megatron_opd.model import check_layout as check_network_layout
 from megatron_opd.model.transformer import transformer_config
 from megatron_opd.parallel import check_layout
+from megatron_opd.rollout import vllm_options
 from megatron_opd.types import Prompt
 
 
@@ -86,6 +87,7 @@ def check(config: Config, world: int, *, dry_run: bool = False) -> list[str]:
         warnings.append(obstacle)
     _check_ranks(config, world)
     _check_networks(config)
+    _check_vllm(config)
     return warnings
 
 
@@ -148,10 +150,34 @@ def _check_objective(config: Config) -> None:
             f"objective.support: got '{config.objective.support}', which wants the ids that the "
             "engine found most likely, but rollout.engine=replay writes nothing; set student_topk"
         )
+    cut = config.rollout.top_p < 1 or config.rollout.top_k
+    if cut and "rollout_ids_CK" in objective.wants and config.rollout.engine != "megatron":
+        raise ValueError(
+            f"objective.support: got '{config.objective.support}', which wants the ids that the "
+            "student finds most likely, but vLLM lists them after rollout.top_p and top_k cut; "
+            "cut nothing, or set student_topk"
+        )
     payload = config.teacher.payload if config.teacher else "hidden"
     if payload != "hidden":
         for obstacle in objective.needs_hidden(topk=payload == "topk"):
             raise ValueError(f"teacher.payload: got '{payload}', but {obstacle}")
+
+
+def _check_vllm(config: Config) -> None:
+    """Check what vLLM is told, and that it has the student's network."""
+    if config.rollout.engine != "vllm" or not vllm_options.installed():
+        return
+    for problem in vllm_options.wrong_options(config.vllm):
+        raise ValueError(problem)
+    path = config.student.path
+    if platform.device().type == "cpu":
+        for problem in vllm_options.unsupported_head(architecture(path).head_dim):
+            raise ValueError(f"student.path: '{path}' has {problem}; use rollout.engine=megatron")
+    if not read_config(path).get("architectures"):
+        raise ValueError(
+            f"student.path: config.json of '{path}' names no 'architectures', by which vLLM finds "
+            'the network; add it, for example ["Qwen3ForCausalLM"]'
+        )
 
 
 def _check_run(config: Config) -> None:
@@ -175,6 +201,8 @@ def _obstacles(config: Config) -> Iterator[str]:
         drawn = name == "student" and config.student.init == "random"
         if not drawn and not _has_weights(path):
             yield f"{name}.path: '{path}' has no *.safetensors weights"
+    if config.rollout.engine == "vllm" and not vllm_options.installed():
+        yield f"rollout.engine: got 'vllm', which is not installed; {vllm_options.INSTALL}"
     for name, section in _frozen(config).items():
         if section.offload and platform.device().type == "cpu":
             yield f"{name}.offload: needs a GPU, and there is none; set {name}.offload=false"

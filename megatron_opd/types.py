@@ -41,6 +41,9 @@ class Rollout:
     top_ids: np.ndarray | None = field(default=None, compare=False)
     """[T, k] int32: the student's k most likely ids at every response token, best first, as the
     engine saw them before it truncated; None: not asked for."""
+    top_logp: np.ndarray | None = field(default=None, compare=False)
+    """[T, k] fp32: their log-probabilities, in nats, where the engine says them."""
+    version: int = 0  # of the student's weights that wrote it; 0: of those of the moment
     masked: bool = False  # generated and packed, but not supervised
 
 

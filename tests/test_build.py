@@ -32,10 +32,13 @@ def early(position_N, limit=3):
 def test_names_with_a_colon_are_functions_and_the_others_are_the_losss_own(load):
     words = ["objective.support=tests.test_build:the_engines", "objective.k=8"]
     words += ["objective.divergence=tests.test_build:gap", "rollout.temperature=0.7"]
-    words += ["objective.weights={tests.test_build:early: {limit: 5}, tis: {cap: 3.0}}"]
+    words += ["objective.weights={tests.test_build:early: {limit: 5}, sod_step: {step_tokens: 3}}"]
+    words += ["rollout={correction: icepop, correction_low: 0.4, correction_high: 3.0}"]
     objective = build_objective(load(*words, "metrics.position_bucket=9"))
     assert (objective.support, objective.divergence) == (the_engines, gap)
-    assert objective.weights == {early: {"limit": 5}, "tis": {"cap": 3.0}}
+    assert objective.weights == {early: {"limit": 5}, "sod_step": {"step_tokens": 3}}
+    corrected = objective.correction, objective.correction_low, objective.correction_high
+    assert corrected == ("icepop", 0.4, 3.0)
     assert (objective.rollout_temperature, objective.k) == (0.7, 8)
     assert (objective.position_bucket, objective.max_tokens) == (9, 36)
     replay = load("rollout={engine: replay, n: 1}")

@@ -106,6 +106,10 @@ def test_a_section_can_be_taken_away(load):
         ("optimizer.lr=.inf", "optimizer.lr: got Infinity, expected a finite number"),
         ("optimizer.betas=[0.9, 1]", "optimizer.betas[1]: got 1, expected less than 1"),
         ("student.init=pt", "student.init: got \"pt\", expected 'hf' or 'random'"),
+        (
+            "rollout.correction=clip",
+            "rollout.correction: got \"clip\", expected 'none', 'tis', 'icepop' or 'mask'",
+        ),
         ("student=null", "student: got null, expected a section"),
         ("student.path.x=1", "student.path: got a section, expected string"),
         ("teacher.dtype=fp8", "teacher.dtype: got \"fp8\", expected 'bfloat16' or 'float32'"),
@@ -202,7 +206,8 @@ def test_values_that_exclude_each_other(refusal, overrides, line):
     "overrides",
     [
         ["base={path: start, offload: true}", "objective.extrapolation=1.25"],
-        ["objective.weights={tis: {cap: 3.0}, my_weights:decay: {}}"],
+        ["objective.weights={position_decay: {half_life: 3.0}, my_weights:decay: {}}"],
+        ["rollout={correction: icepop, correction_low: 0.8, correction_high: 1.25}"],
         ["rollout.mask_format='boxed\\{.*\\}'", "rollout.mask_truncated=true"],
         ["objective.support=full", "rollout.engine=replay", "rollout.n=1", "rollout.temperature=0"],
         ["train.microbatch_tokens=8192"],
@@ -224,6 +229,15 @@ def test_values_that_agree(load, overrides):
         (["run.keep=3"], ["run.keep: has no effect"]),
         (["train.steps=3", "train.epochs=2"], ["train.epochs: has no effect"]),
         (["rollout.top_p=0.9"], ["rollout.top_p=0.9, rollout.top_k=0: responses come from"]),
+        (
+            ["rollout={correction_low: 0.8, correction_high: 3.0}"],
+            ["rollout.correction_low: has no effect", "rollout.correction_high: has no effect"],
+        ),
+        (
+            ["rollout={correction: tis, correction_low: 0.8, correction_high: 3.0}"],
+            ["rollout.correction_low: has no effect"],
+        ),
+        (["rollout={correction: mask, correction_low: 0.8, correction_high: 3.0}"], []),
         (
             ["rollout.temperature=0.5", "objective.support=sampled"],
             ["rollout.temperature=0.5, objective.student_temperature=1: the sampled-token"],
@@ -302,8 +316,10 @@ def test_config_is_the_root_of_sections():
 def test_what_the_loss_gets_is_named_as_it_names_it():
     """Every option of the objective is one of the loss, which is told the rest by `build`."""
     ours = {field.name for field in dataclasses.fields(Objective)}
-    told = {"rollout_temperature", "position_bucket", "max_tokens"}
-    section = sections()["objective"].model_fields
+    corrections = {"correction", "correction_low", "correction_high"}
+    told = {"rollout_temperature", "position_bucket", "max_tokens"} | corrections
+    section, rollout = (sections()[name].model_fields for name in ("objective", "rollout"))
     assert ours - told == set(section)
-    defaults = {name: field.default for name, field in section.items()}
-    assert defaults == {name: getattr(Objective(), name) for name in section}
+    known = section | {name: rollout[name] for name in corrections}
+    defaults = {name: field.default for name, field in known.items()}
+    assert defaults == {name: getattr(Objective(), name) for name in known}

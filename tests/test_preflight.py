@@ -273,9 +273,9 @@ def test_activations_are_what_autograd_keeps(home, family, tp, sequence_parallel
         ),
         (["objective.support=json:x"], 1, "objective.support: got 'json:x' (module 'json' has no"),
         (
-            ["objective.weights={tis: {cup: 3}}"],
+            ["objective.weights={position_decay: {half: 3}}"],
             1,
-            "objective.weights.tis: got 'cup', expected cap",
+            "objective.weights.position_decay: got 'half', expected half_life",
         ),
         (
             ["base={path: gone}", "objective.extrapolation=1.25"],
@@ -297,6 +297,22 @@ def test_activations_are_what_autograd_keeps(home, family, tp, sequence_parallel
             ["rollout={engine: replay, n: 1}", "objective.support=rollout_topk"],
             1,
             "objective.support: got 'rollout_topk', which wants the ids that the engine found",
+        ),
+        (
+            ["rollout={engine: replay, n: 1, correction: tis}"],
+            1,
+            "rollout.correction: got 'tis', expected none: no engine drew the responses "
+            "(rollout.engine=replay)",
+        ),
+        (
+            ["rollout={correction: mask, correction_low: 0}"],
+            1,
+            "rollout.correction_low: got 0, expected more than 0 and at most 1",
+        ),
+        (
+            ["rollout={correction: tis, correction_high: 0.5}"],
+            1,
+            "rollout.correction_high: got 0.5, expected 1 or more",
         ),
         (
             ["data.max_prompt_tokens=20"],

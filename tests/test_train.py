@@ -203,10 +203,11 @@ QUICK = ["train.steps=3", "eval.prompts=[]", "eval.every=0", "run.save_every=0",
         (
             [
                 "objective={support: full, aggregation: seq-mean-token-mean}",
-                "objective.weights={tis: {}, student_entropy_top: {fraction: 0.5}}",
+                "objective.weights={student_entropy_top: {fraction: 0.5}}",
                 "metrics.position_bucket=6",
+                "rollout.correction=icepop",
             ],
-            {"distill/reverse_kl@0", "distill/reverse_kl@6"},
+            {"distill/reverse_kl@0", "distill/reverse_kl@6", "policy/corrected_fraction@6"},
         ),
     ],
 )
@@ -228,10 +229,12 @@ def test_the_base_is_what_is_extrapolated_from(home, how):
 
 
 def test_metrics_are_taken_at_the_first_step_every_so_often_and_at_the_last(home):
-    run(1, *QUICK, "train.steps=5", "metrics={every: 3, token_fraction: 0.5}")
+    words = ["train.steps=5", "metrics={every: 3, token_fraction: 0.5}", "rollout.correction=mask"]
+    run(1, *QUICK, *words)
     history = records(Path("runs/one"))
     assert ["distill/reverse_kl" in record for record in history] == [1, 0, 1, 0, 1]
     assert all("loss/objective" in record for record in history)
+    assert all(record["policy/corrected_fraction"] == 0 for record in history)  # float32
 
 
 def test_masked_responses_are_written_and_not_supervised(home):

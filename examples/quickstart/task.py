@@ -57,7 +57,7 @@ def write_model(folder: Path, *, hidden: int, layers: int) -> None:
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": hidden // 4,
+        "head_dim": 32,
         "max_position_embeddings": 256,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,

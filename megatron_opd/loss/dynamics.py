@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_opd.loss.candidates import log_softmax
 from megatron_opd.loss.supports import among
 from megatron_opd.loss.view import View
+from megatron_opd.loss.weights import inside
 from megatron_opd.types import SampledScores
 
 
@@ -83,9 +84,18 @@ def _extreme_gap(s_NK: Tensor, t_NK: Tensor) -> Tensor:
 
 
 def policy(view: View) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Measure trainer against rollout engine: the k3 estimate of KL(μ‖π), and the largest |Δ|."""
+    """Measure trainer π against rollout engine μ by Δ = log π − log μ of the sampled tokens.
+
+    The k3 estimate e^Δ − 1 − Δ of KL(μ‖π), and the largest |Δ|, in nats.
+    """
     delta_N = view.log_ratio_N
     return {"policy/mismatch_kl": delta_N.expm1() - delta_N}, {"policy/mismatch_max": delta_N.abs()}
+
+
+def correction(view: View, low: float, high: float) -> dict[str, Tensor]:
+    """Measure where the correction acts: 1 where π/μ is outside of [low, high]."""
+    outside_N = ~inside(view.log_ratio_N, low, high)
+    return {"policy/corrected_fraction": outside_N.to(view.log_ratio_N.dtype)}
 
 
 def topk_mismatch(view: View, rollout_ids_NK: Tensor) -> dict[str, Tensor]:

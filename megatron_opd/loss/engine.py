@@ -76,6 +76,9 @@ class Pass:
             for weight in self.o.token_weights:
                 if not weight.whole:
                     scale_C = scale_C * weight(view).to(self.dtype)
+            if self.o.correction != "none":  # of every token: the ratio is known anyway
+                acts = dynamics.correction(view, *self.o.trusted)
+                self.tally.tokens(acts, view.mask_N, view.position_N)
             if self._dense_both:
                 self._measure(self._measured(view, rows))
             cost_C = None if cost_N is None else cost_N[rows]

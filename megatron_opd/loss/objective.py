@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_opd.loss import divergences, rules, supports
 from megatron_opd.loss.candidates import PolicyGradient
 from megatron_opd.loss.engine import Loss, Pass
-from megatron_opd.loss.weights import WEIGHTS, Weight, bind
+from megatron_opd.loss.weights import CORRECTIONS, WEIGHTS, Weight, bind
 from megatron_opd.types import Head, Microbatch, Scores
 
 
@@ -53,6 +53,9 @@ class Objective:
     teacher_temperature: float = 1.0  # and the base's
     rollout_temperature: float | None = 1.0  # None: no engine drew the responses
     temperature_squared: bool = False  # multiply the loss by both temperatures
+    correction: Literal["none", "tis", "icepop", "mask"] = "none"  # of the rollout engine
+    correction_low: float = 0.5
+    correction_high: float = 2.0
     weights: Mapping[str | Callable[..., Tensor], Mapping[str, Any]] = field(default_factory=dict)
     aggregation: Literal[
         "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
@@ -154,11 +157,21 @@ class Objective:
 
     @cached_property
     def token_weights(self) -> tuple[Weight, ...]:
-        """Return the weight functions with their options."""
-        return tuple(
+        """Return the weight functions with their options, the correction among them."""
+        weights = [
             bind(WEIGHTS[name] if isinstance(name, str) else name, options)
             for name, options in self.weights.items()
-        )
+        ]
+        if self.correction != "none":
+            function, (low, high) = CORRECTIONS[self.correction], self.trusted
+            options = {"low": low, "high": high}
+            weights.append(Weight(self.correction, function, ("log_ratio_N",), options))
+        return tuple(weights)
+
+    @property
+    def trusted(self) -> tuple[float, float]:
+        """Return the lowest and the highest π/μ that the correction leaves alone."""
+        return 0.0 if self.correction == "tis" else self.correction_low, self.correction_high
 
     @property
     def looks(self) -> bool:

@@ -29,6 +29,7 @@ def contradictions(o: "Objective") -> Rules:
     yield from _sets(o)
     yield from _rewards(o)
     yield from _target(o)
+    yield from _correction(o)
     yield (
         o.rollout_temperature is None and any("log_ratio_N" in w.wants for w in o.token_weights),
         "objective.weights: one compares the student with the engine that drew the responses, but "
@@ -184,11 +185,35 @@ def _target(o: "Objective") -> Rules:
     )
 
 
+def _correction(o: "Objective") -> Rules:
+    kind, low, high = o.correction, o.correction_low, o.correction_high
+    yield (
+        kind != "none" and o.rollout_temperature is None,
+        f"rollout.correction: got '{kind}', expected none: no engine drew the responses "
+        "(rollout.engine=replay), and so there is none to correct",
+    )
+    yield (
+        not 0 < low <= 1,
+        f"rollout.correction_low: got {low:g}, expected more than 0 and at most 1, the ratio of an "
+        "engine that agrees with the trainer",
+    )
+    yield (
+        not high >= 1,
+        f"rollout.correction_high: got {high:g}, expected 1 or more: 1 is the ratio of an engine "
+        "that agrees with the trainer",
+    )
+    yield (
+        kind in ("icepop", "mask") and low == high,
+        f"rollout.correction_low, rollout.correction_high: got {low:g} twice, between which "
+        f"{kind} keeps no token; lower the one or raise the other",
+    )
+
+
 def _unknown_names(o: "Objective") -> Rules:
     for key, kind in get_type_hints(type(o)).items():
-        known = get_args(kind)
+        known, section = get_args(kind), "rollout" if key == "correction" else "objective"
         if get_origin(kind) is Literal and getattr(o, key) not in known:
-            yield True, f"objective.{key}: got '{getattr(o, key)}', expected {', '.join(known)}"
+            yield True, f"{section}.{key}: got '{getattr(o, key)}', expected {', '.join(known)}"
     named = [("support", o.support, SUPPORTS), ("divergence", o.divergence, DIVERGENCES)]
     named += [("weights", name, tuple(WEIGHTS)) for name in o.weights]
     for key, name, known in named:

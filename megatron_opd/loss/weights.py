@@ -4,6 +4,9 @@ A weight is a function to [N] factors. Its parameters say what it wants, by name
 `View` (see there), or else an option that the config gives. A weight that takes `sequence_N` is
 called once with a whole microbatch, every other one with the tokens of a chunk.
 
+A correction is one more weight, of the ratio π/μ between trainer π and rollout engine μ, which are
+never quite of one opinion about a token.
+
 Shape suffix: N tokens, those of a sequence one after the other.
 """
 
@@ -75,15 +78,25 @@ def sod_step(
     return torch.where(position_N < step_tokens, 1.0, weight_N)
 
 
-def tis(log_ratio_N: Tensor, *, cap: float = 2.0) -> Tensor:
-    """min(π/μ, cap): truncated importance sampling between trainer π and rollout engine μ."""
-    return log_ratio_N.exp().clamp(max=cap)
+def tis(log_ratio_N: Tensor, *, low: float, high: float) -> Tensor:
+    """min(π/μ, high): truncated importance sampling, which knows no low."""
+    return log_ratio_N.exp().clamp(max=high)
 
 
-def icepop(log_ratio_N: Tensor, *, low: float = 0.5, high: float = 2.0) -> Tensor:
-    """π/μ where it is in [low, high], else 0: tokens on which trainer and engine disagree."""
+def icepop(log_ratio_N: Tensor, *, low: float, high: float) -> Tensor:
+    """π/μ inside [low, high], else 0 (IcePop, MOPD)."""
+    return torch.where(inside(log_ratio_N, low, high), log_ratio_N.exp(), 0.0)
+
+
+def mask(log_ratio_N: Tensor, *, low: float, high: float) -> Tensor:
+    """1 inside [low, high], else 0."""
+    return inside(log_ratio_N, low, high).to(log_ratio_N.dtype)
+
+
+def inside(log_ratio_N: Tensor, low: float, high: float) -> Tensor:
+    """Return which ratios π/μ are in [low, high]; one that is no number is not."""
     ratio_N = log_ratio_N.exp()
-    return torch.where((ratio_N >= low) & (ratio_N <= high), ratio_N, 0.0)
+    return (ratio_N >= low) & (ratio_N <= high)
 
 
 WEIGHTS: dict[str, Callable[..., Tensor]] = {
@@ -92,9 +105,8 @@ WEIGHTS: dict[str, Callable[..., Tensor]] = {
     "position_decay": position_decay,
     "prune_drift": prune_drift,
     "sod_step": sod_step,
-    "tis": tis,
-    "icepop": icepop,
 }
+CORRECTIONS: dict[str, Callable[..., Tensor]] = {"tis": tis, "icepop": icepop, "mask": mask}
 FROM_THE_BATCH = ("position_N", "sequence_N", "mask_N", "rollout_logp_N")
 FROM_THE_MODELS = (
     "student_logp_N",

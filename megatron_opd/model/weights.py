@@ -6,6 +6,7 @@ Every rank reads just its own slices. Exporting streams: one fused parameter at 
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -142,14 +143,23 @@ def _shard(
     return weight.fuse(parts, tp)
 
 
+def exported(model: HiddenGPT, vocab_size: int | None) -> Architecture:
+    """Return the architecture whose manifest `export_hf` follows."""
+    rows = vocab_size or model.architecture.vocab_rows
+    return replace(model.architecture, vocab_rows=rows)
+
+
 @torch.no_grad()
-def export_hf(model: HiddenGPT, parallel: Parallel) -> Iterator[tuple[str, Tensor]]:
+def export_hf(
+    model: HiddenGPT, parallel: Parallel, *, vocab_size: int | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Yield every Hugging Face tensor, whole, in manifest order, on every rank of the replica.
 
-    Collective over the replica: all its ranks iterate to the end. Padding rows are cut off. Tensors
-    have the model's device and dtype, and may share memory with its parameters: do not write.
+    Collective over the replica: all its ranks iterate to the end. Tables have `vocab_size` rows
+    (None: those of config.json). Tensors have the model's device and dtype, and may share memory
+    with its parameters: do not write.
     """
-    parameters, arch = stage_parameters(model), model.architecture
+    parameters, arch = stage_parameters(model), exported(model, vocab_size)
     assert model.vocab_size >= arch.vocab_rows, "a table that was cut on loading is not whole"
     for weight in weights(arch):
         stage = weight.layer * parallel.pp // arch.layers

@@ -1,4 +1,4 @@
-"""Who writes the responses: the student itself (embedded engine) or a file (replay engine)."""
+"""Who writes the responses: the student itself (embedded engine), vLLM, or a file (replay)."""
 
 from typing import Protocol
 
@@ -17,6 +17,10 @@ class RolloutEngine(Protocol):
         self, prompts: list[Prompt], *, n: int, sampling: Sampling, seed: int
     ) -> list[Rollout]:
         """Return `n` rollouts per prompt, in prompt order, on every rank of the replica."""
+        ...
+
+    def close(self) -> None:
+        """Give back what outlives the process, or does not outlive the process groups."""
         ...
 
 

@@ -11,7 +11,6 @@ K most likely ids that are asked for.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,15 +20,9 @@ from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
 from megatron_opd.parallel import Parallel
-from megatron_opd.rollout.sampling import Sampling, draw, most_likely, request_seed, uniform
+from megatron_opd.rollout.requests import Request, make_requests
+from megatron_opd.rollout.sampling import Sampling, draw, most_likely, uniform
 from megatron_opd.types import Prompt, Rollout
-
-
-@dataclass(frozen=True)
-class _Request:
-    prompt: Prompt
-    sample: int
-    seed: int
 
 
 class MegatronEngine:
@@ -49,16 +42,15 @@ class MegatronEngine:
     def sync(self) -> None:
         """Do nothing: the engine's weights are the student's."""
 
+    def close(self) -> None:
+        """Do nothing: the student is the job's."""
+
     @torch.no_grad()
     def generate(
         self, prompts: list[Prompt], *, n: int, sampling: Sampling, seed: int
     ) -> list[Rollout]:
         """Return `n` rollouts per prompt in prompt order; `seed` names the draw (run, step)."""
-        requests = [
-            _Request(prompt, sample, request_seed(seed, prompt.index, sample))
-            for prompt in prompts
-            for sample in range(n)
-        ]
+        requests = make_requests(prompts, n, seed)
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt.token_ids))
         done: dict[int, Rollout] = {}
         with self._inference_mode():
@@ -80,7 +72,7 @@ class MegatronEngine:
             set_model_to_sequence_parallel(self.model, sharded)
             self.model.train(training)
 
-    def _decode(self, requests: list[_Request], sampling: Sampling) -> list[Rollout]:
+    def _decode(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
         """Write all responses of one batch."""
         batch = _Batch(requests, sampling, self.parallel.device)
         context = StaticInferenceContext(len(requests), batch.length)
@@ -164,7 +156,7 @@ class MegatronEngine:
 class _Batch:
     """The state of requests that are decoded together. `rows` are those still in the cache."""
 
-    def __init__(self, requests: list[_Request], sampling: Sampling, device: torch.device):
+    def __init__(self, requests: list[Request], sampling: Sampling, device: torch.device):
         self.requests, self.sampling, self.device = requests, sampling, device
         lengths = [len(request.prompt.token_ids) for request in requests]
         self.shortest, self.length = min(lengths), max(lengths) + sampling.max_tokens

@@ -15,6 +15,9 @@ class ReplayEngine:
     def sync(self) -> None:
         """Do nothing: a file has no weights."""
 
+    def close(self) -> None:
+        """Do nothing: nothing was opened."""
+
     def generate(
         self, prompts: list[Prompt], *, n: int, sampling: Sampling, seed: int
     ) -> list[Rollout]:

@@ -9,14 +9,15 @@ import yaml
 from megatron_opd.build import build_objective
 from megatron_opd.config import Config
 from megatron_opd.loss.rules import DIVERGENCES, SUPPORTS
-from megatron_opd.loss.weights import WEIGHTS
+from megatron_opd.loss.weights import CORRECTIONS, WEIGHTS
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
-METHODS = re.findall(r"^\| (.+?) \| `(\{.+\})` \|$", README, re.MULTILINE)
+OBJECTIVE, ROLLOUT = r"`(\{[^`]+\})`", r"(?:, `rollout: (\{[^`]+\})`)?"
+METHODS = re.findall(rf"^\| (.+?) \| {OBJECTIVE}{ROLLOUT} \|$", README, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("method", "section"), METHODS, ids=[name for name, _ in METHODS])
-def test_a_method_is_a_setting(method, section):
+@pytest.mark.parametrize(("method", "section", "rollout"), METHODS, ids=[row[0] for row in METHODS])
+def test_a_method_is_a_setting(method, section, rollout):
     objective = yaml.safe_load(section)
     config = {
         "student": {"path": "s"},
@@ -24,12 +25,14 @@ def test_a_method_is_a_setting(method, section):
         "base": {"path": "b"} if "extrapolation" in objective else None,
         "data": {"prompts": ("p",)},
         "objective": objective,
+        "rollout": yaml.safe_load(rollout or "{}"),
     }
     built = build_objective(Config(**config))
     assert built.support == objective["support"]
+    assert built.correction == config["rollout"].get("correction", "none")
 
 
 def test_every_name_is_in_the_table():
     assert len(METHODS) > 15
-    for name in (*SUPPORTS, *DIVERGENCES, *WEIGHTS):
+    for name in (*SUPPORTS, *DIVERGENCES, *WEIGHTS, *CORRECTIONS):
         assert f"`{name}`" in README, name

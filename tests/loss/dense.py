@@ -248,6 +248,7 @@ def reference(problem: Problem, objective: Objective) -> dict:
     return {
         "loss": (factor_N * value_N.detach()).sum(),
         "count": int(supervised.sum()) if o.aggregation == "token-mean" else sequences,
+        "corrected": None if o.correction == "none" else corrected(o, problem),
         **dict(zip(leaves, gradients, strict=True)),
     }
 
@@ -327,6 +328,9 @@ def token_factors(o: Objective, problem: Problem, s_NV: Tensor, t_NV: Tensor) ->
         function = function if callable(function) else formulas.WEIGHTS[function]
         wanted = [name for name in inspect.signature(function).parameters if name in known]
         factor_N = factor_N * function(**{name: known[name] for name in wanted}, **options)
+    factor_N = factor_N * torch.tensor(
+        [formulas.correction(o, x) for x in ratios(o, problem)], dtype=torch.float64
+    )
     if o.aggregation == "seq-mean-token-mean":
         for i in range(len(factor_N)):
             factor_N[i] /= max(len(supervised_with(problem, i)), 1)
@@ -339,8 +343,6 @@ def token_factors(o: Objective, problem: Problem, s_NV: Tensor, t_NV: Tensor) ->
 def facts(o: Objective, problem: Problem, s_NV: Tensor, t_NV: Tensor) -> dict[str, Tensor]:
     """Return everything a weight may ask for."""
     n, y = range(len(s_NV)), problem.target
-    z_NV = problem.student.logits().detach()
-    log_pi_NV = torch.log_softmax(z_NV / (o.rollout_temperature or 1), -1)
     top = [[set(formulas.best(row, o.k)) for row in logp] for logp in (s_NV, t_NV)]
     shared = [len(mine & theirs) / o.k for mine, theirs in zip(*top, strict=True)]
     return {
@@ -353,8 +355,23 @@ def facts(o: Objective, problem: Problem, s_NV: Tensor, t_NV: Tensor) -> dict[st
         "student_entropy_N": -(s_NV.exp() * s_NV).sum(-1),
         "teacher_entropy_N": -(t_NV.exp() * t_NV).sum(-1),
         "overlap_N": torch.tensor(shared, dtype=torch.float64),
-        "log_ratio_N": log_pi_NV[n, y] - problem.rollout_logp,
+        "log_ratio_N": torch.tensor(ratios(o, problem), dtype=torch.float64).log(),
     }
+
+
+def ratios(o: Objective, problem: Problem) -> list[float]:
+    """Return π/μ of every token: the student at the rollout's temperature, and the engine."""
+    z_NV = problem.student.logits().detach()
+    log_pi_NV = torch.log_softmax(z_NV / (o.rollout_temperature or 1), -1)
+    log_pi_N = log_pi_NV[range(len(z_NV)), problem.target]
+    return (log_pi_N - problem.rollout_logp).exp().tolist()
+
+
+def corrected(o: Objective, problem: Problem) -> tuple[int, int]:
+    """Return how many supervised tokens the correction acts on, and how many there are."""
+    supervised = (problem.mask != 0).tolist()
+    acts = [formulas.corrected(o, x) for x in ratios(o, problem)]
+    return sum(a and b for a, b in zip(acts, supervised, strict=True)), sum(supervised)
 
 
 def far(got: Tensor, want: Tensor) -> float:

@@ -153,13 +153,18 @@ def sod_step(
     return weight_N
 
 
-def tis(log_ratio_N, cap=2.0):
-    return log_ratio_N.exp().clamp(max=cap)
+def corrected(o, ratio: float) -> bool:
+    """Say whether the correction acts on a token."""
+    low = ratio < o.correction_low and o.correction != "tis"
+    return o.correction != "none" and (low or ratio > o.correction_high)
 
 
-def icepop(log_ratio_N, low=0.5, high=2.0):
-    ratio_N = log_ratio_N.exp()
-    return torch.where((ratio_N >= low) & (ratio_N <= high), ratio_N, 0.0)
+def correction(o, ratio: float) -> float:
+    """Return the weight by trainer and engine."""
+    if o.correction == "tis":
+        return min(ratio, o.correction_high)
+    kept = {"none": 1.0, "icepop": ratio, "mask": 1.0}[o.correction]
+    return 0.0 if corrected(o, ratio) else kept
 
 
 WEIGHTS = dict(
@@ -168,6 +173,4 @@ WEIGHTS = dict(
     position_decay=position_decay,
     prune_drift=prune_drift,
     sod_step=sod_step,
-    tis=tis,
-    icepop=icepop,
 )

@@ -82,6 +82,49 @@ def test_engines_mismatch_is_not_measured_where_no_engine_drew():
     assert not any(name.startswith("policy/") for name in got)
 
 
+def fraction_of(problem, **options):
+    """Return the (tokens, supervised tokens) of a correction where the metrics look at none."""
+    nobody = torch.empty(0, dtype=torch.long)
+    got = judge(problem, Objective(k=4, **options), measured_M=nobody)
+    assert "policy/mismatch_kl" not in got["means"]
+    return tuple(map(int, got["means"]["policy/corrected_fraction"]))
+
+
+@pytest.mark.parametrize("chunk_tokens", [2, None])
+@pytest.mark.parametrize(
+    ("options", "acts"),
+    [
+        (dict(correction="tis"), 1),
+        (dict(correction="tis", correction_high=1.8), 2),
+        (dict(correction="icepop"), 2),
+        (dict(correction="mask"), 2),
+        (dict(correction="mask", correction_low=0.7), 3),
+        (dict(correction="mask", support="sampled", form="policy_gradient"), 2),
+    ],
+    ids=str,
+)
+def test_the_corrected_fraction_is_of_all_supervised_tokens(options, acts, chunk_tokens):
+    """π/μ = .4, .6, 1, 1.9, 2.5, and 9 where nothing is supervised."""
+    problem = make_problem(lengths=(6,))
+    logp = problem.student.logits().log_softmax(-1)[range(6), problem.target]
+    ratio = torch.tensor([0.4, 9, 0.6, 1, 1.9, 2.5], dtype=torch.float64)
+    problem = replace(problem, rollout_logp=logp - ratio.log())
+    assert fraction_of(problem, chunk_tokens=chunk_tokens, **options) == (acts, 5)
+
+
+def test_the_ratio_of_a_correction_is_taken_at_the_rollouts_temperature():
+    problem, hot = make_problem(lengths=(6,)), 1.4
+    logp = (problem.student.logits() / hot).log_softmax(-1)[range(6), problem.target]
+    problem = replace(problem, rollout_logp=logp)
+    narrow = dict(correction="mask", correction_low=0.999, correction_high=1.001)
+    assert fraction_of(problem, rollout_temperature=hot, **narrow) == (0, 5)
+    assert fraction_of(problem, **narrow) == (5, 5)
+
+
+def test_without_a_correction_there_is_no_fraction():
+    assert "policy/corrected_fraction" not in measure([0.5, 0.5], [0.5, 0.5])
+
+
 def test_engines_ids_are_compared_with_the_trainers():
     """The top 3 of 5 are {0, 1, 2}; the engine said {2, 4, 0}."""
     p = [0.4, 0.3, 0.2, 0.07, 0.03]
@@ -140,7 +183,7 @@ def on_a_rank(rank, problem, objective):
 def test_metrics_do_not_depend_on_the_ranks():
     problem = make_problem()
     for support in ("rollout_topk", "full"):
-        objective = Objective(support=support, k=4)
+        objective = Objective(support=support, k=4, correction="icepop")
         alone = values(judge(problem, objective))
         for got in run_ranks(on_a_rank, 4, problem, objective):
             assert got.keys() == alone.keys()
@@ -152,8 +195,9 @@ def test_buckets_of_positions_share_out_the_tokens():
     """Responses of 4, 3 (and an unsupervised 2) tokens in buckets of 2; the first one's second
     token is not supervised either."""
     problem = make_problem()
-    got = judge(problem, Objective(k=4, position_bucket=2, max_tokens=4))
-    for name in ("student/nll", "distill/overlap_ratio"):
+    objective = Objective(k=4, correction="mask", position_bucket=2, max_tokens=4)
+    got = judge(problem, objective)
+    for name in ("student/nll", "distill/overlap_ratio", "policy/corrected_fraction"):
         total, count = got["means"][name]
         parts = [got["means"][f"{name}@{first}"] for first in (0, 2)]
         assert [int(part[1]) for part in parts] == [3, 3] and int(count) == 6

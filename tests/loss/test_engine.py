@@ -38,6 +38,7 @@ COLLECTIVES = (
     (dict(support="rollout_topk"), "hidden", 1),
     (dict(support="teacher_topk"), "topk", 1),
     (dict(support="full"), "hidden", 2),
+    (dict(support="full", correction="mask"), "hidden", 4),
 )
 
 
@@ -74,7 +75,11 @@ def test_collectives_a_chunk_where_nothing_is_measured():
 
 @pytest.mark.parametrize(
     "options",
-    [dict(PG, support="sampled"), *(dict(o, support=s) for s in (*SETS, "full") for o in ({}, PG))],
+    [
+        dict(PG, support="sampled"),
+        *(dict(o, support=s) for s in (*SETS, "full") for o in ({}, PG)),
+        dict(support="student_topk", correction="icepop"),
+    ],
     ids=str,
 )
 def test_nothing_of_size_tokens_times_vocabulary_exists(options):

@@ -57,6 +57,11 @@ def by_student(student_logp_N, power=1.0):
     return (power * student_logp_N).exp()
 
 
+def against_the_engine(log_ratio_N):
+    """A weight of a user that wants the engine's word."""
+    return log_ratio_N.exp()
+
+
 SUPPORTS = ("sampled", *SETS, best_and_drawn, "full")
 DIVERGENCES = (
     dict(divergence="reverse_kl"),
@@ -97,13 +102,24 @@ SQUARED = dict(student_temperature=1.5, teacher_temperature=0.8, temperature_squ
 # 11, a prime: a structure meets another of them on every support
 EXTRAS = (
     {},
-    dict(student_temperature=0.7, teacher_temperature=1.3, rollout_temperature=0.9),
+    dict(
+        student_temperature=0.7,
+        teacher_temperature=1.3,
+        rollout_temperature=0.9,
+        correction="mask",
+        correction_high=1.2,
+    ),
     SQUARED,
     dict(extrapolation=1.25),
     dict(SQUARED, veto=0.4, aggregation="seq-mean-token-sum"),
     dict(extrapolation=0.5, veto=0.2, student_temperature=1.2),
     dict(weights={"teacher_entropy_gate": dict(threshold=1.9), by_student: dict(power=0.5)}),
-    dict(weights={"student_entropy_top": {}, "icepop": dict(high=3.0)}),
+    dict(
+        weights={"student_entropy_top": {}},
+        correction="icepop",
+        correction_low=0.6,
+        correction_high=1.3,
+    ),
     dict(
         SQUARED,
         aggregation="seq-mean-token-mean",
@@ -113,7 +129,9 @@ EXTRAS = (
     dict(
         student_temperature=1.2,
         rollout_temperature=0.9,
-        weights={"sod_step": dict(step_tokens=2), "position_decay": dict(half_life=2.0), "tis": {}},
+        weights={"sod_step": dict(step_tokens=2), "position_decay": dict(half_life=2.0)},
+        correction="tis",
+        correction_high=1.2,
     ),
 )
 
@@ -203,6 +221,9 @@ def mistakes(asked, results, wanted, tolerance):
         zip(asked, results, wanted, strict=True)
     ):
         wrong = [] if int(got["count"]) == want["count"] else ["count"]
+        fraction = got["means"].get("policy/corrected_fraction")
+        if (fraction and tuple(map(int, fraction))) != want["corrected"]:
+            wrong.append(f"corrected {fraction}, expected {want['corrected']}")
         for name in ("loss", *({"hidden", "weight", "bias"} & set(want))):
             # a loss is a sum of terms of about 1, which may cancel
             scale = max(1.0 if name == "loss" else 0.01, want[name].abs().max().item())
@@ -232,6 +253,22 @@ def test_matrix_of_objectives_is_the_dense_reference(support, world):
         wanted.append(want)
     found = mistakes(asked, on_ranks(asked, world), wanted, 1e-9)
     assert not found, f"{len(found)} of {len(asked)}:\n" + "\n".join(found[:20])
+
+
+def test_the_matrix_has_every_correction_at_work_in_both_forms():
+    """On each problem it acts on some tokens and leaves others alone; but the ratios of the first
+    one are all below 1, where tis does nothing."""
+    found = {
+        (o.correction, o.form, i % 2)
+        for support in SUPPORTS
+        for i, (_, o, _, want) in enumerate(expected(support))
+        if want["corrected"] and 0 < want["corrected"][0] < want["corrected"][1]
+    }
+    forms = ("direct", "policy_gradient")
+    cut = {("tis", form, 1) for form in forms}
+    assert found == cut | {
+        (x, form, i) for x in ("icepop", "mask") for form in forms for i in (0, 1)
+    }
 
 
 def representatives():
@@ -390,13 +427,41 @@ DRAWN = dict(support="sampled")
         (dict(DRAWN, divergence="cross_entropy", veto=0.1), "veto", "no teacher to change"),
         (dict(student_temperature=0.0), "student_temperature", "got 0.0, expected more than 0"),
         (dict(rollout_temperature=math.nan), "rollout_temperature", "got nan, expected more"),
-        (dict(weights={"tsi": {}}), "weights", "got 'tsi', expected .*did you mean 'tis'"),
-        (dict(weights={"tis": dict(top=1)}), "weights.tis", "got 'top', expected cap"),
+        (dict(weights={"sodstep": {}}), "weights", "got 'sodstep', .*did you mean 'sod_step'"),
+        (
+            dict(weights={"prune_drift": dict(cut=1)}),
+            "weights.prune_drift",
+            "got 'cut', expected threshold, drop, base",
+        ),
         (dict(weights={"position_decay": {}}), "weights.position_decay", "missing 'half_life'"),
         (
-            dict(weights={"tis": {}}, rollout_temperature=None),
+            dict(weights={against_the_engine: {}}, rollout_temperature=None),
             "weights",
             "rollout_temperature is Non",
+        ),
+        (
+            dict(correction="clip"),
+            "rollout.correction",
+            "got 'clip', expected none, tis, icepop, mask",
+        ),
+        (
+            dict(correction="tis", rollout_temperature=None),
+            "rollout.correction",
+            "got 'tis', expected none: no engine drew the responses",
+        ),
+        (
+            dict(correction="mask", correction_low=0.0),
+            "rollout.correction_low",
+            "got 0, expected more than 0 and at most 1",
+        ),
+        (dict(correction_low=1.1), "rollout.correction_low", "got 1.1, expected more than 0"),
+        (dict(correction_low=math.nan), "rollout.correction_low", "got nan"),
+        (dict(correction="tis", correction_high=0.9), "rollout.correction_high", "got 0.9, expec"),
+        (dict(correction_high=math.nan), "rollout.correction_high", "got nan, expected 1 or more"),
+        (
+            dict(correction="icepop", correction_low=1.0, correction_high=1.0),
+            "rollout.correction_low, rollout.correction_high",
+            "got 1 twice, between which icepop keeps no token",
         ),
         (dict(weights={lambda cap: cap: dict(cap=1)}), "weights", "no parameter of position_N"),
         (dict(aggregation="mean"), "aggregation", "got 'mean', expected token-mean, "),

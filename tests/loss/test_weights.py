@@ -43,14 +43,30 @@ def test_student_entropy_top_is_a_share_of_each_response():
     assert got.tolist() == [0, 1, 1, 1, 0]  # ⌈1.5⌉ of three, 1 of two
 
 
-def test_gates_and_ratios():
+def test_gate_and_decay():
     assert weights.teacher_entropy_gate(numbers(0.8, 0.81)).tolist() == [0, 1]
-    delta = numbers(0.4, 0.6, 1.9, 2.5).log()
-    torch.testing.assert_close(weights.tis(delta, cap=2.0), numbers(0.4, 0.6, 1.9, 2.0))
-    torch.testing.assert_close(weights.icepop(delta), numbers(0, 0.6, 1.9, 0))
     torch.testing.assert_close(
         weights.position_decay(torch.tensor([0, 10, 20]), half_life=10), numbers(1, 0.5, 0.25)
     )
+
+
+@pytest.mark.parametrize(
+    ("correction", "expected"),
+    [
+        ("tis", (0.4, 0.6, 1, 1.9, 2, 2, 2)),
+        ("icepop", (0, 0.6, 1, 1.9, 2, 0, 0)),
+        ("mask", (0, 1, 1, 1, 1, 0, 0)),
+    ],
+)
+def test_corrections_of_a_ratio(correction, expected):
+    """The ends of [0.5, 2] belong to it; an engine that gives a token probability 0 is outside."""
+    delta = numbers(0.4, 0.6, 1, 1.9, 2, 2.5, math.inf).log()
+    got = weights.CORRECTIONS[correction](delta, low=0.5, high=2.0)
+    torch.testing.assert_close(got, numbers(*expected))
+
+
+def test_a_ratio_that_is_no_number_is_outside():
+    assert weights.inside(numbers(math.nan, 0.0), 0.5, 2.0).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("discount", [0.0, 0.5, 1.0])
@@ -71,7 +87,7 @@ def anywhere(half_life):
 @pytest.mark.parametrize(
     ("function", "options", "message"),
     [
-        (weights.tis, {"top": 2}, "objective.weights.tis: got 'top', expected cap"),
+        (weights.prune_drift, {"cut": 2}, "prune_drift: got 'cut', expected threshold, drop, base"),
         (weights.position_decay, {}, "missing 'half_life'"),
         (anywhere, {"half_life": 1}, "has no parameter of position_N"),
     ],
@@ -85,9 +101,10 @@ def test_a_weight_says_what_it_looks_at():
     """By the names of its parameters: whole responses, a model's logits, or the batch alone."""
     for name, whole, looks in (
         ("position_decay", False, False),
-        ("tis", False, True),
+        ("teacher_entropy_gate", False, True),
         ("prune_drift", True, True),
     ):
         weight = bind(weights.WEIGHTS[name], {"half_life": 2} if name == "position_decay" else {})
         assert (weight.whole, weight.looks) == (whole, looks), name
-    assert math.isclose(bind(weights.tis, {"cap": 1.0}).of(log_ratio_N=numbers(3.0)).item(), 1.0)
+    gate = bind(weights.teacher_entropy_gate, {"threshold": 1.0})
+    assert gate.of(teacher_entropy_N=numbers(0.9, 1.1)).tolist() == [0, 1]

@@ -1,0 +1,176 @@
+"""What runs inside vLLM's workers: the receiving end of the weight stream.
+
+vLLM imports this module by name (`worker_extension_cls`), in the trainer's process and in a
+server's alike, and that registers the transfer engine. It wants vLLM and torch, not Megatron.
+"""
+
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+from vllm.platforms import current_platform
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+BACKEND = "megatron_opd"
+
+
+@dataclass
+class _Init(WeightTransferInitInfo):
+    pass
+
+
+@dataclass
+class _Bucket(WeightTransferUpdateInfo):
+    """Whole tensors under their Hugging Face names: in memory, or in a file under /dev/shm."""
+
+    weights: list[tuple[str, Tensor]] = field(default_factory=list)
+    path: str | None = None
+
+
+class BucketTransfer(WeightTransferEngine[_Init, _Bucket]):
+    """Load buckets of tensors as vLLM loads a checkpoint, layer by layer.
+
+    Plain `model.load_weights` fails on a CPU, and `reload_weights` leaves tied heads and mixtures
+    of experts as they were: both hold packed copies that only their own processing renews.
+    """
+
+    init_info_cls, update_info_cls = _Init, _Bucket
+
+    def init_transfer_engine(self, init_info: _Init) -> None:
+        """Do nothing: there is no connection."""
+
+    def start_weight_update(self) -> None:
+        """Forget the weights; a layer is complete, and processed, once all its tensors came."""
+        if current_platform.is_cpu():
+            for module in self.model.modules():
+                method: Any = getattr(module, "quant_method", None)
+                if getattr(method, "moe_kernel", None) is not None:
+                    method.moe_kernel = None  # experts are packed when their kernel is built
+        initialize_layerwise_reload(self.model)
+        self.loaded: set[str] = set()
+
+    def receive_weights(self, update_info: _Bucket) -> None:
+        """Load one bucket. What is given must not change before the update is finished."""
+        weights: Any = update_info.weights
+        if update_info.path is not None:
+            weights = load_file(update_info.path).items()
+        self.loaded |= set(self.model.load_weights(iter(weights)) or ())
+
+    def finish_weight_update(self) -> None:
+        """Process what is left, the second copy of tied weights too.
+
+        Raises:
+            RuntimeError: parameters that no tensor was for.
+        """
+        finalize_layerwise_reload(self.model, self.model_config)
+        if current_platform.is_cpu():
+            self._pack_tied()
+        missing = dict(_whole_shapes(self.model)).keys() - self.loaded
+        if missing:
+            raise RuntimeError(f"no weights came for {', '.join(sorted(missing))}")
+
+    def _pack_tied(self) -> None:
+        """Renew what a tied head packed of the table whose memory it shares."""
+        tables: dict[int, list[VocabParallelEmbedding]] = {}
+        for module in self.model.modules():
+            if isinstance(module, VocabParallelEmbedding):
+                tables.setdefault(module.weight.data_ptr(), []).append(module)
+        for shared in tables.values():
+            for table in shared if len(shared) > 1 else ():
+                table.quant_method.process_weights_after_loading(table)
+
+    def shutdown(self) -> None:
+        """Do nothing: nothing was opened."""
+
+
+class Extension:
+    """What every worker of vLLM can be asked besides (`collective_rpc`)."""
+
+    model_runner: Any
+
+    def accepts(self, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+        """Return what is wrong with tensors of these Hugging Face names and shapes: nothing, or.
+
+        An update that has begun cannot be taken back, and a name that is missing keeps its old
+        value without a word.
+        """
+        model = self.model_runner.model
+        wanted = dict(_whole_shapes(model))
+        given: dict[str, list[tuple[int, ...]]] = {}
+        for name, shape in shapes.items():
+            given.setdefault(_fused(model, name), []).append(tuple(shape))
+        problems = [f"{name}: its model has none" for name in given if name not in wanted]
+        problems += [f"{name}: nothing comes for it" for name in wanted if name not in given]
+        for name in given.keys() & wanted.keys():
+            rows, columns = sum(shape[0] for shape in given[name]), given[name][0][1:]
+            if (rows, *columns) != wanted[name]:
+                problems.append(f"{name}: got {(rows, *columns)}, expected {wanted[name]}")
+        return problems
+
+
+def _fused(model: Any, name: str) -> str:
+    """Return the parameter that a Hugging Face tensor becomes a part of."""
+    for fused, parts in getattr(model, "packed_modules_mapping", {}).items():
+        for part in parts:
+            name = name.replace(f".{part}.", f".{fused}.")
+    return name
+
+
+def _whole_shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield name and shape of every parameter as it is before ranks cut it and a CPU packs it."""
+    config: Any = model.config
+    for prefix, module in model.named_modules():
+        if prefix == "lm_head" and config.tie_word_embeddings:
+            continue  # the embedding's, under a second name
+        for kind, parameter in module.named_parameters(recurse=False):
+            shape = tuple(parameter.shape)
+            if isinstance(module, VocabParallelEmbedding):
+                shape = module.org_vocab_size, module.embedding_dim
+            elif isinstance(module, QKVParallelLinear):
+                heads = module.total_num_heads + 2 * module.total_num_kv_heads
+                shape = heads * module.head_size, module.input_size
+            elif isinstance(module, LinearBase):
+                shape = module.output_size, module.input_size
+            yield f"{prefix}.{kind}", shape[:1] if kind == "bias" else shape
+
+
+class CpuWorker(CPUWorker):
+    """A worker whose shared memory belongs to one job, and ends with it however it ends.
+
+    vLLM names that memory after the end of the init method, which is "env://" for every job under
+    torchrun: two on a host would share it, and what one that was killed left behind stops the next.
+    """
+
+    def __init__(self, *args, distributed_init_method: str, **kwargs):
+        told = [secrets.token_hex(8)]
+        dist.broadcast_object_list(told)
+        self.job = told[0]
+        method = f"{distributed_init_method}:{self.job}"
+        super().__init__(*args, distributed_init_method=method, **kwargs)
+
+    def init_device(self) -> None:
+        """Join the groups; by then every rank has mapped the memory, and its name can go."""
+        super().init_device()
+        for file in Path("/dev/shm").glob(f"{self.job}-*"):
+            file.unlink(missing_ok=True)
+
+
+if BACKEND not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine(BACKEND, BucketTransfer)
