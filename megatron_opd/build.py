@@ -96,7 +96,8 @@ def samplings(
     """Return how training responses and how evaluation responses are drawn."""
     r, e = config.rollout, config.eval
     longest = e.max_tokens or r.max_tokens
-    top_ids = objective.k if "rollout_ids_CK" in objective.wants else 0
+    wanted = objective.k if "rollout_ids_CK" in objective.wants else 0
+    top_ids = wanted if r.logprobs is None else r.logprobs
     return (
         Sampling(r.max_tokens, r.temperature, r.top_p, r.top_k, stops, top_ids),
         Sampling(longest, e.temperature, e.top_p, 0, stops),

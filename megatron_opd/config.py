@@ -126,6 +126,8 @@ class Rollout(Section):
     """Do not supervise responses that were cut at max_tokens."""
     mask_format: str | None = None
     """Regular expression that a response must contain to be supervised; null: any will do."""
+    logprobs: Natural | None = None
+    """Most likely ids and their log-probabilities kept a token; null: what the loss wants."""
     correction: Literal["none", "tis", "icepop", "mask"] = "none"
     """Token weight by trainer π and engine μ: min(π/μ, high); in [low, high] π/μ, or 1, else 0."""
     correction_low: float = 0.5
@@ -405,7 +407,7 @@ def cautions(c: Config) -> list[str]:
     defaults = {name: kind.model_fields for name, kind in sections().items()}
     idle = [
         (c.data.template == "none", "data", ("chat_template_kwargs",)),
-        (replay, "rollout", ("temperature", "top_p", "top_k")),
+        (replay, "rollout", ("temperature", "top_p", "top_k", "logprobs")),
         (replay and not graded, "rollout", ("stop_token_ids", "batch_size")),
         (c.rollout.correction in ("none", "tis"), "rollout", ("correction_low",)),
         (c.rollout.correction == "none", "rollout", ("correction_high",)),

@@ -224,6 +224,7 @@ class Job:
             "masked": rollout.masked,
             "tokens": len(rollout.response_ids),
             "logp_mean": sum(rollout.logp) / len(rollout.logp),
+            **_top(rollout),
         }
 
     def saves_at(self, step: int) -> bool:
@@ -261,3 +262,9 @@ class Job:
         if self.run_log is not None:
             self.run_log.close()
         self.engine.close()
+
+
+def _top(rollout: Rollout) -> dict[str, list]:
+    """Return the engine's most likely ids and their log-probabilities, where they were kept."""
+    kept = {"top_ids": rollout.top_ids, "top_logp": rollout.top_logp}
+    return {name: x.tolist() for name, x in kept.items() if x is not None}

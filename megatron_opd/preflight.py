@@ -150,6 +150,12 @@ def _check_objective(config: Config) -> None:
             f"objective.support: got '{config.objective.support}', which wants the ids that the "
             "engine found most likely, but rollout.engine=replay writes nothing; set student_topk"
         )
+    kept = config.rollout.logprobs
+    if kept not in (None, objective.k) and "rollout_ids_CK" in objective.wants:
+        raise ValueError(
+            f"rollout.logprobs: got {kept}, expected objective.k={objective.k}, the size of the "
+            f"support '{config.objective.support}'; leave it out"
+        )
     cut = config.rollout.top_p < 1 or config.rollout.top_k
     if cut and "rollout_ids_CK" in objective.wants and config.rollout.engine != "megatron":
         raise ValueError(

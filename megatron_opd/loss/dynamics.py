@@ -100,7 +100,7 @@ def correction(view: View, low: float, high: float) -> dict[str, Tensor]:
 
 def topk_mismatch(view: View, rollout_ids_NK: Tensor) -> dict[str, Tensor]:
     """Measure which part of the engine's top k the trainer does not find in its own."""
-    missing_NK = ~among(rollout_ids_NK, view.top_ids[0])
+    missing_NK = ~among(rollout_ids_NK[:, : view.k], view.top_ids[0])
     return {"policy/topk_mismatch": missing_NK.to(view.student_logp_N.dtype).mean(-1)}
 
 

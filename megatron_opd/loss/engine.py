@@ -214,7 +214,7 @@ class Pass:
         if self.o.rollout_temperature is not None:
             mismatch, maxima = dynamics.policy(view)
             values |= mismatch
-        if "rollout_ids_CK" in self.o.wants and self.batch.rollout_ids_NK is not None:
-            values |= dynamics.topk_mismatch(view, self.batch.rollout_ids_NK[view.rows])
+            if self.batch.rollout_ids_NK is not None:
+                values |= dynamics.topk_mismatch(view, self.batch.rollout_ids_NK[view.rows])
         self.tally.tokens(values, view.mask_N, view.position_N)
         self.tally.peaks(maxima, view.mask_N)

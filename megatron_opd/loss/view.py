@@ -157,11 +157,12 @@ class View:
     def log_ratio_N(self) -> Tensor:
         """Δ = log π(y) − log μ(y): the student's word against the rollout engine's.
 
-        π is the student at the rollout's temperature, which is its own divided by the ratio.
+        π is the student at the rollout's temperature, which is its own divided by the ratio. The
+        teacher is not asked: a correction alone must not multiply its head.
         """
-        logp_N, ratio = self.student_logp_N, self.rollout_ratio
+        ratio = self.rollout_ratio
         assert ratio is not None, "nothing was drawn"
-        if ratio != 1.0:
-            z_N = (logp_N + self._logsumexp[0]) * ratio
-            logp_N = z_N - self.ranks.logsumexp(self.student.logsumexp(ratio))
-        return logp_N - self.rollout_logp_N
+        lse_N = self.student.logsumexp(ratio)  # first: it makes the dense logits that `at` reads
+        z_N = self.student.at(self.target_N[:, None])[:, 0] * ratio
+        z_N, lse_N = self.ranks.logsumexp(torch.stack([z_N, lse_N]))
+        return z_N - lse_N - self.rollout_logp_N

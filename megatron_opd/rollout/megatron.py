@@ -20,7 +20,7 @@ from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
 from megatron_opd.parallel import Parallel
-from megatron_opd.rollout.requests import Request, make_requests
+from megatron_opd.rollout.requests import Request, answered, make_requests
 from megatron_opd.rollout.sampling import Sampling, draw, most_likely, uniform
 from megatron_opd.types import Prompt, Rollout
 
@@ -136,21 +136,22 @@ class MegatronEngine:
 
     def _draw(
         self, logits_BV: Tensor | None, batch: "_Batch", position: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """Draw on one rank and tell the replica: ranks must never disagree on a token.
 
-        Ids, log-probabilities and most likely ids travel together: float64 holds all of them.
+        Returns ids and log-probabilities, [B, 1 + K]: of the token drawn, of the most likely ones.
+        They travel together: float64 holds them all.
         """
         B, K = len(batch.rows), batch.sampling.top_ids
-        told = torch.zeros((2 + K, B), dtype=torch.float64, device=batch.device)
+        told = torch.zeros((2, B, 1 + K), dtype=torch.float64, device=batch.device)
         if logits_BV is not None:
             u_B = uniform(batch.seed_B[batch.rows], position)
-            told[0], told[1] = draw(logits_BV, u_B, batch.sampling)
-            if K:
-                told[2:] = most_likely(logits_BV, K).T
+            id_B, logp_BV = draw(logits_BV, u_B, batch.sampling)
+            ids_BK = torch.cat([id_B[:, None], most_likely(logits_BV, K)], dim=-1)
+            told[0], told[1] = ids_BK, logp_BV.gather(1, ids_BK)
         if self.parallel.tp * self.parallel.pp > 1:
             dist.broadcast(told, self.parallel.head_rank, group=self.parallel.replica_group)
-        return told[0].long(), told[1].float(), told[2:].T.int()
+        return told[0].long(), told[1].float()
 
 
 class _Batch:
@@ -165,8 +166,9 @@ class _Batch:
         for row, request in enumerate(requests):
             token_BL[row, : lengths[row]] = torch.tensor(request.prompt.token_ids)
         self.token_BL = token_BL.to(device)
-        self.logp_BL = torch.zeros((B, L), device=device)
-        self.top_BLK = torch.zeros((B, L, sampling.top_ids), dtype=torch.int32, device=device)
+        K = 1 + sampling.top_ids  # the token that was drawn, and the most likely ones
+        self.ids_BLK = torch.zeros((B, L, K), dtype=torch.int32, device=device)
+        self.logp_BLK = torch.zeros((B, L, K), device=device)
         self.prompt_B = torch.tensor(lengths, device=device)
         self.end_B = self.prompt_B + sampling.max_tokens  # moves forward when a stop id is drawn
         self.stopped_B = torch.zeros(B, dtype=torch.bool, device=device)
@@ -174,14 +176,15 @@ class _Batch:
         self.stop_S = torch.tensor(sampling.stop_ids, dtype=torch.long, device=device)
         self.rows = torch.arange(B, device=device)
 
-    def write(self, position: int, id_b: Tensor, logp_b: Tensor, top_bK: Tensor) -> None:
+    def write(self, position: int, ids_bK: Tensor, logp_bK: Tensor) -> None:
         """Put the drawn tokens at `position` of the rows that are past their prompt and alive."""
-        rows = self.rows
+        rows, id_b = self.rows, ids_bK[:, 0]
         writes_b = (position >= self.prompt_B[rows]) & (position < self.end_B[rows])
         kept_b = self.token_BL[rows, position]
         self.token_BL[rows, position] = torch.where(writes_b, id_b, kept_b)
-        self.logp_BL[rows, position] = torch.where(writes_b, logp_b, 0.0)
-        self.top_BLK[rows, position] = top_bK  # only those of a response are looked at
+        # what is not of a response is never looked at
+        self.ids_BLK[rows, position] = ids_bK.int()
+        self.logp_BLK[rows, position] = logp_bK
         stops_b = writes_b & torch.isin(id_b, self.stop_S)
         self.stopped_B[rows] |= stops_b
         self.end_B[rows] = torch.where(stops_b, position + 1, self.end_B[rows])
@@ -202,17 +205,14 @@ class _Batch:
 
     def rollouts(self) -> list[Rollout]:
         """Cut each row to its response."""
-        tokens, logps = self.token_BL.tolist(), self.logp_BL.tolist()
+        ids_BLK, logp_BLK = self.ids_BLK.cpu().numpy(), self.logp_BLK.cpu().numpy()
         starts, ends, stopped = (x.tolist() for x in (self.prompt_B, self.end_B, self.stopped_B))
-        tops = self.top_BLK.cpu().numpy() if self.sampling.top_ids else None
         return [
-            Rollout(
-                prompt=request.prompt,
-                sample=request.sample,
-                response_ids=tuple(tokens[row][starts[row] : ends[row]]),
-                logp=tuple(logps[row][starts[row] : ends[row]]),
-                finish="stop" if stopped[row] else "length",
-                top_ids=None if tops is None else tops[row, starts[row] : ends[row]].copy(),
+            answered(
+                request,
+                ids_BLK[row, starts[row] : ends[row]],
+                logp_BLK[row, starts[row] : ends[row]],
+                "stop" if stopped[row] else "length",
             )
             for row, request in enumerate(self.requests)
         ]

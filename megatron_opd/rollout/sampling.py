@@ -23,7 +23,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     stop_ids: tuple[int, ...] = ()
-    top_ids: int = 0  # this many most likely ids come back with every token
+    top_ids: int = 0  # this many most likely ids, and their logp, come back with every token
 
 
 def request_seed(*parts: int) -> int:
@@ -67,9 +67,9 @@ def truncate(logits_BV: Tensor, top_p: float, top_k: int) -> Tensor:
 
 
 def draw(logits_BV: Tensor, u_B: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Return the drawn ids [B] and their log-probabilities [B] under the distribution drawn from.
+    """Return the drawn ids [B] and the log-probabilities of the distribution drawn from, [B, V].
 
-    Greedy decoding (`temperature=0`) reports the log-probability at temperature 1.
+    Greedy decoding (`temperature=0`) reports log-probabilities at temperature 1.
     """
     logits_BV = logits_BV.float()
     if sampling.temperature == 0:
@@ -79,7 +79,7 @@ def draw(logits_BV: Tensor, u_B: Tensor, sampling: Sampling) -> tuple[Tensor, Te
         # float64: an fp32 running sum over 150k entries would misplace rare tokens
         cdf_BV = logits_BV.softmax(-1).double().cumsum(-1)
         id_B = torch.searchsorted(cdf_BV, (u_B * cdf_BV[:, -1])[:, None], right=True)[:, 0]
-    return id_B, logits_BV.log_softmax(-1).gather(1, id_B[:, None])[:, 0]
+    return id_B, logits_BV.log_softmax(-1)
 
 
 def most_likely(logits_BV: Tensor, k: int) -> Tensor:

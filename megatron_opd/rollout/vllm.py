@@ -4,7 +4,7 @@
 ranks holds tp × pp / `tp` engines: they share its requests out and join the answers. Weights stream
 from rank to rank in memory, bucket by bucket; no file, and no second copy of the model.
 
-Shape suffixes: T tokens of a response · K most likely ids.
+Shape suffixes: T tokens of a response · K = 1 + the most likely ids that were asked for.
 """
 
 import gc
@@ -13,7 +13,7 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from megatron_opd.model import HiddenGPT, export_hf
 from megatron_opd.model.hf_map import manifest
 from megatron_opd.model.weights import exported
 from megatron_opd.parallel import Parallel
-from megatron_opd.rollout.requests import Request, buckets, make_requests
+from megatron_opd.rollout.requests import Request, answered, buckets, make_requests
 from megatron_opd.rollout.sampling import Sampling
 from megatron_opd.types import Prompt, Rollout
 
@@ -35,6 +35,7 @@ from vllm import LLM, SamplingParams
 
 from megatron_opd.rollout import vllm_worker
 
+_Answer = tuple[np.ndarray, np.ndarray, Literal["stop", "length"]]  # ids_TK, logp_TK, why it ended
 _ENVIRONMENT = ("LOCAL_WORLD_SIZE", "LD_PRELOAD", "LD_LIBRARY_PATH")  # what vLLM overwrites
 
 
@@ -145,11 +146,11 @@ class VllmEngine:
             self._sleep()
         said = [_answer(output.outputs[0], sampling.top_ids) for output in outputs]
         return [
-            _rollout(request, answer, self.version)
+            answered(request, *answer, version=self.version)
             for request, answer in zip(requests, self._join(said, len(requests)), strict=True)
         ]
 
-    def _join(self, said: list["_Answer"], count: int) -> list["_Answer"]:
+    def _join(self, said: list[_Answer], count: int) -> list[_Answer]:
         """Return all engines' answers in the order of the requests, the same on every rank."""
         if self.parallel.tp * self.parallel.pp == 1:
             return said
@@ -226,16 +227,6 @@ def _restore(states: tuple[Any, ...]) -> None:
         torch.cuda.set_rng_state(states[3])
 
 
-class _Answer(NamedTuple):
-    """A response as it travels between ranks."""
-
-    ids_T: np.ndarray  # int32
-    logp_T: np.ndarray  # fp32
-    finish: Literal["stop", "length"]
-    top_ids_TK: np.ndarray | None
-    top_logp_TK: np.ndarray | None
-
-
 def _parameters(request: Request, sampling: Sampling) -> SamplingParams:
     return SamplingParams(
         max_tokens=sampling.max_tokens,
@@ -253,26 +244,7 @@ def _parameters(request: Request, sampling: Sampling) -> SamplingParams:
 
 def _answer(output: Any, top: int) -> _Answer:
     """Read vLLM's flat lists: at every token the drawn id comes first, then the `top` ids."""
-    said, tokens = output.logprobs, len(output.token_ids)
-    ids_TK = np.array(said.token_ids, dtype=np.int32).reshape(tokens, 1 + top)
-    logp_TK = np.array(said.logprobs, dtype=np.float32).reshape(tokens, 1 + top)
-    return _Answer(
-        np.array(output.token_ids, dtype=np.int32),
-        logp_TK[:, 0],
-        output.finish_reason,
-        ids_TK[:, 1:] if top else None,
-        logp_TK[:, 1:] if top else None,
-    )
-
-
-def _rollout(request: Request, answer: _Answer, version: int) -> Rollout:
-    return Rollout(
-        prompt=request.prompt,
-        sample=request.sample,
-        response_ids=tuple(answer.ids_T.tolist()),
-        logp=tuple(answer.logp_T.tolist()),
-        finish=answer.finish,
-        top_ids=answer.top_ids_TK,
-        top_logp=answer.top_logp_TK,
-        version=version,
-    )
+    shape = len(output.token_ids), 1 + top
+    ids_TK = np.array(output.logprobs.token_ids, dtype=np.int32).reshape(shape)
+    logp_TK = np.array(output.logprobs.logprobs, dtype=np.float32).reshape(shape)
+    return ids_TK, logp_TK, output.finish_reason

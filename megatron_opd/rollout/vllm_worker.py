@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -133,11 +133,10 @@ def _fused(model: Any, name: str) -> str:
     return name
 
 
-def _whole_shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _whole_shapes(model: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield name and shape of every parameter as it is before ranks cut it and a CPU packs it."""
-    config: Any = model.config
     for prefix, module in model.named_modules():
-        if prefix == "lm_head" and config.tie_word_embeddings:
+        if prefix == "lm_head" and model.config.tie_word_embeddings:
             continue  # the embedding's, under a second name
         for kind, parameter in module.named_parameters(recurse=False):
             shape = tuple(parameter.shape)

@@ -38,7 +38,7 @@ COLLECTIVES = (
     (dict(support="rollout_topk"), "hidden", 1),
     (dict(support="teacher_topk"), "topk", 1),
     (dict(support="full"), "hidden", 2),
-    (dict(support="full", correction="mask"), "hidden", 4),
+    (dict(support="full", correction="mask"), "hidden", 3),
 )
 
 
