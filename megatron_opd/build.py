@@ -21,9 +21,12 @@ from megatron_opd.reward import REWARDS
 from megatron_opd.rollout import RolloutEngine, Sampling, request_seed
 from megatron_opd.rollout.megatron import MegatronEngine
 from megatron_opd.rollout.replay import ReplayEngine
+from megatron_opd.rollout.server import Server
+from megatron_opd.rollout.vllm_server import ServerEngine
 from megatron_opd.step import Student, make_student
 from megatron_opd.teacher import Teacher
 from megatron_opd.teacher.megatron import MegatronTeacher, Payload
+from megatron_opd.teacher.server import ServerTeacher
 from megatron_opd.types import Prompt, Reward
 
 log = logging.getLogger("megatron_opd")
@@ -127,9 +130,9 @@ def build_student(
 
 
 def judges(config: cfg.Config, objective: Objective) -> dict[str, tuple[cfg.Frozen, Payload]]:
-    """Return the sections of the frozen models that are asked, and what each is to answer."""
+    """Return the sections of the frozen models on our ranks, and what each is to answer."""
     found: dict[str, tuple[cfg.Frozen, Payload]] = {}
-    if config.teacher is not None:
+    if config.teacher is not None and config.teacher.kind == "megatron":
         found["teacher"] = config.teacher, config.teacher.payload
     if config.base is not None:
         one_token_does = not any(objective.needs_hidden(topk=False))
@@ -141,7 +144,18 @@ def build_judges(
     config: cfg.Config, objective: Objective, parallel: Parallel, *, vocab_size: int
 ) -> dict[str, Teacher]:
     """Build the frozen models beside the student, their vocabularies cut to its shards."""
-    rows, built = architecture(config.student.path).vocab_rows, {}
+    rows = architecture(config.student.path).vocab_rows
+    built: dict[str, Teacher] = {}
+    teacher = config.teacher
+    if teacher is not None and teacher.kind == "server":
+        assert teacher.payload != "hidden"
+        built["teacher"] = ServerTeacher(
+            connect(teacher, config),
+            parallel,
+            vocab_size=vocab_size,
+            payload=teacher.payload,
+            k=objective.k,
+        )
     for name, (section, payload) in judges(config, objective).items():
         model = build_model(
             section.path,
@@ -172,6 +186,10 @@ def build_engines(
     if config.rollout.engine == "vllm":
         engine = _vllm_engine(config, student)
         return engine, engine
+    if config.rollout.engine == "vllm_server":
+        server, size = connect(config.rollout, config), student.vocab_size
+        engine = ServerEngine(student.model, student.parallel, server, vocab_size=size)
+        return engine, engine
     embedded = MegatronEngine(
         student.model,
         student.parallel,
@@ -181,6 +199,17 @@ def build_engines(
     if config.rollout.engine == "replay":
         return ReplayEngine(partial(encode_response, tokenizer)), embedded
     return embedded, embedded
+
+
+def connect(section: cfg.Rollout | cfg.Teacher, config: cfg.Config) -> Server:
+    """Return the client of the server that a section names."""
+    assert section.url is not None
+    return Server(
+        section.url,
+        in_flight=config.rollout.batch_size,
+        timeout=section.timeout_s,
+        retries=section.retries,
+    )
 
 
 def _vllm_engine(config: cfg.Config, student: Student) -> RolloutEngine:

@@ -59,6 +59,14 @@ class Teacher(Frozen):
 
     payload: Literal["hidden", "topk", "sampled"] = "hidden"
     """What is kept a token: a hidden state (any support), its top k, the sampled token's logp."""
+    kind: Literal["megatron", "server"] = "megatron"
+    """Where it runs: on the student's ranks (megatron), or behind a vLLM server."""
+    url: str | None = None
+    """Address of the server of kind=server, for example http://10.0.0.7:8000."""
+    timeout_s: Positive = 600
+    """Seconds to wait for an answer of the server."""
+    retries: Natural = 3
+    """Times that a failed or wrong answer is asked for again before the run stops."""
 
 
 class Base(Frozen):
@@ -108,6 +116,14 @@ class Rollout(Section):
     """Who writes: the student itself (megatron), vLLM beside it or elsewhere, the data (replay)."""
     tp: Positive = 1
     """Ranks of one engine=vllm; divides parallel.tp."""
+    url: str | None = None
+    """Address of the server of engine=vllm_server, for example http://10.0.0.7:8000."""
+    timeout_s: Positive = 600
+    """Seconds to wait for a response of the server."""
+    retries: Natural = 3
+    """Times that a failed or wrong response is asked for again before the run stops."""
+    async_depth: Annotated[int, Field(ge=0, le=1)] = 0
+    """Steps that the server writes ahead: 1 writes the next step's responses during this one."""
     n: Positive = 4
     """Responses per prompt."""
     max_tokens: Positive = 7168
@@ -375,6 +391,29 @@ def _contradictions(c: Config) -> Iterable[tuple[bool, str]]:
         f"rollout.n: got {c.rollout.n}, expected 1 with rollout.engine=replay: a row has one "
         "response",
     )
+    served, teacher = c.rollout.engine == "vllm_server", c.teacher
+    yield (
+        served and not c.rollout.url,
+        "rollout.url: missing, but rollout.engine=vllm_server asks a server; set its address",
+    )
+    yield (
+        bool(c.rollout.async_depth) and not served,
+        f"rollout.async_depth: got {c.rollout.async_depth}, expected 0 with rollout.engine="
+        f"{c.rollout.engine}: only a server (vllm_server) writes while the student trains",
+    )
+    if teacher is not None and teacher.kind == "server":
+        yield not teacher.url, "teacher.url: missing, but teacher.kind=server asks one; set it"
+        yield (
+            teacher.payload == "hidden",
+            "teacher.payload: got 'hidden', expected topk or sampled with teacher.kind=server: a "
+            "server sends log-probabilities and no hidden states, which other supports want",
+        )
+        yield (
+            objective.teacher_temperature != 1,
+            f"objective.teacher_temperature: got {objective.teacher_temperature:g}, expected 1 "
+            "with teacher.kind=server: a server scores a prompt at temperature 1",
+        )
+        yield teacher.offload, "teacher.offload: got true, but the server keeps its own memory"
     yield (
         c.parallel.tp % c.rollout.tp != 0,
         f"rollout.tp: got {c.rollout.tp}, expected a divisor of parallel.tp={c.parallel.tp}",
@@ -412,6 +451,8 @@ def cautions(c: Config) -> list[str]:
         (c.rollout.correction in ("none", "tis"), "rollout", ("correction_low",)),
         (c.rollout.correction == "none", "rollout", ("correction_high",)),
         (c.rollout.engine != "vllm", "rollout", ("tp",)),
+        (c.rollout.engine != "vllm_server", "rollout", ("url", "timeout_s", "retries")),
+        (c.teacher and c.teacher.kind != "server", "teacher", ("url", "timeout_s", "retries")),
         (c.rollout.engine != "vllm", "", ("vllm",)),
         (c.optimizer.schedule == "constant", "optimizer", ("min_lr",)),
         (c.parallel.tp == 1, "parallel", ("sequence_parallel",)),

@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_opd import build, checkpoint
+from megatron_opd import ahead, build, checkpoint
 from megatron_opd import config as cfg
+from megatron_opd.ahead import Ahead
+from megatron_opd.clock import Clock
 from megatron_opd.data import PromptStream
 from megatron_opd.evaluation import evaluate
 from megatron_opd.metrics import Metrics, RunLog, console_line
@@ -20,6 +22,7 @@ from megatron_opd.packing import needed_microbatches, pack
 from megatron_opd.parallel import Parallel
 from megatron_opd.preflight import preflight
 from megatron_opd.rollout import request_seed
+from megatron_opd.rollout.vllm_server import ServerEngine
 from megatron_opd.step import Judgement
 from megatron_opd.types import Microbatch, Rollout
 
@@ -37,6 +40,8 @@ class Job:
         self.warnings = plan.warnings
         self.stream = PromptStream(plan.prompts, config.seed, config.data.shuffle)
         self.run_log: RunLog | None = None
+        self.ahead: Ahead | None = None  # the responses of the next step
+        self.staleness = 0  # updates that the student is ahead of the weights that wrote a step
         size = plan.vocab_size
         self.student = build.build_student(config, parallel, vocab_size=size, steps=self.steps)
         self.objective = build.build_objective(config)
@@ -59,6 +64,8 @@ class Job:
             state = checkpoint.load(newest, self.student)
             self.stream.load_state_dict(state["stream"])
             step = state["step"]
+            if "ahead" in state:
+                self.ahead = ahead.load(state["ahead"], self.stream.prompts, self.parallel)
         self.parallel.main_only(lambda: self._check_export(step))
         self.run_log = self.parallel.main_only(lambda: build.open_log(self.config, step))
         if self.parallel.is_main:
@@ -95,16 +102,40 @@ class Job:
         """Where the student goes at the end."""
         return self.folder / "hf" / f"step_{self.steps:06d}"
 
-    def generate(self, step: int) -> list[Rollout]:
-        """Write this replica's responses to its share of the step's prompts."""
-        prompts = self.stream.take(self.config.train.prompts_per_step)
-        rollouts = self.engine.generate(
+    def generate(self, step: int, clock: Clock) -> list[Rollout]:
+        """Return this replica's responses to its share of the step's prompts.
+
+        With `rollout.async_depth`, those of the next step are under way when it returns.
+        """
+        ahead = (self.ahead or self._begin(step, step - 1, clock)).settled(self.engine)
+        self.ahead = None
+        if self.config.rollout.async_depth and step < self.steps:
+            self.ahead = self._begin(step + 1, step - 1, clock)
+        clock.lap("rollout")
+        self.staleness = step - 1 - ahead.updates
+        return [replace(rollout, masked=self._is_masked(rollout)) for rollout in ahead.rollouts]
+
+    def _begin(self, step: int, updates: int, clock: Clock) -> Ahead:
+        """Have the responses of a step written by the weights of now, after `updates` steps."""
+        clock.lap("rollout")
+        self.engine.sync()
+        clock.lap("sync")
+        prompts, write = self.stream.take(self.config.train.prompts_per_step), self.engine.generate
+        if self.config.rollout.async_depth:
+            assert isinstance(self.engine, ServerEngine)
+            write = self.engine.submit
+        writing = write(
             prompts[self.parallel.dp_rank :: self.parallel.dp],
             n=self.config.rollout.n,
             sampling=self.sampling,
             seed=request_seed(self.config.seed, step),
         )
-        return [replace(rollout, masked=self._is_masked(rollout)) for rollout in rollouts]
+        return Ahead(updates, tuple(prompt.index for prompt in prompts), writing)
+
+    def _settle(self) -> None:
+        """Wait for what is under way, where the engine is wanted for something else."""
+        if self.ahead is not None:
+            self.ahead = self.ahead.settled(self.engine)
 
     def _is_masked(self, rollout: Rollout) -> bool:
         """Say whether nothing is to be learned from a response."""
@@ -157,7 +188,11 @@ class Job:
         metrics.mean("train/packed_tokens", packed * self.parallel.dp, 1)
         record = metrics.reduce(None, self.parallel.device)
         rate = record["train/packed_tokens"] / seconds["time/step_s"]
-        counts = {"train/microbatches": len(microbatches), "data/epoch": self.stream.epoch}
+        counts = {
+            "train/microbatches": len(microbatches),
+            "data/epoch": self.stream.epoch,
+            "rollout/staleness_steps": self.staleness,
+        }
         return record | counts | seconds | {"perf/tokens_per_s": rate}
 
     def _doubt_teacher(self, record: dict[str, float]) -> None:
@@ -182,6 +217,7 @@ class Job:
 
     def evaluate(self) -> dict[str, float]:
         """Measure the student on the held-out prompts."""
+        self._settle()
         self.eval_engine.sync()
         return evaluate(
             self.eval_engine,
@@ -235,6 +271,9 @@ class Job:
     def save(self, step: int) -> None:
         """Write a checkpoint from which the run goes on bit by bit as if never interrupted."""
         state = {"step": step, "stream": self.stream.state_dict()}
+        self._settle()
+        if self.ahead is not None:
+            state["ahead"] = self.ahead.state_dict(self.parallel)
         checkpoint.save(
             self.folder / "checkpoints",
             self.student,
@@ -262,6 +301,8 @@ class Job:
         if self.run_log is not None:
             self.run_log.close()
         self.engine.close()
+        for judge in self.judges.values():
+            judge.close()
 
 
 def _top(rollout: Rollout) -> dict[str, list]:

@@ -6,6 +6,7 @@ worth doing once: tokenizers, prompts, and the arithmetic of batches and memory.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,10 @@ def preflight(config: Config, world: int, *, dry_run: bool = False) -> Plan:
     tokenizer = _check_tokenizers(config, warnings.append)
     for path in _weights(config):
         check_files(path, vocab_size=vocab_size(tokenizer))
+    for obstacle in _unreachable(config, vocab_size(tokenizer)):
+        if not dry_run:
+            raise ValueError(obstacle)
+        warnings.append(obstacle)
     prompts, held_out = build.load_data(config, tokenizer, warnings.append)
     _check_spaces(tokenizer, prompts[0])
     steps = build.count_steps(config, len(prompts))
@@ -124,6 +129,7 @@ def preflight(config: Config, world: int, *, dry_run: bool = False) -> Plan:
 
 
 def _models(config: Config) -> dict[str, str]:
+    """Return the directories of all models, a server's too: its tokenizer counts."""
     return {"student": config.student.path, **{n: s.path for n, s in _frozen(config).items()}}
 
 
@@ -131,6 +137,12 @@ def _frozen(config: Config) -> dict[str, Frozen]:
     """Return the sections of the models that are asked and never trained."""
     sections = {"teacher": config.teacher, "base": config.base}
     return {name: section for name, section in sections.items() if section is not None}
+
+
+def _networks(config: Config) -> dict[str, str]:
+    """Return the directories of the models that are built on our ranks."""
+    served = config.teacher is not None and config.teacher.kind == "server"
+    return {n: path for n, path in _models(config).items() if not (served and n == "teacher")}
 
 
 def _check_model_folder(name: str, path: Path) -> None:
@@ -203,7 +215,7 @@ def _check_run(config: Config) -> None:
 
 def _obstacles(config: Config) -> Iterator[str]:
     """Yield what stops a run, but not the planning of one that happens elsewhere."""
-    for name, path in _models(config).items():
+    for name, path in _networks(config).items():
         drawn = name == "student" and config.student.init == "random"
         if not drawn and not _has_weights(path):
             yield f"{name}.path: '{path}' has no *.safetensors weights"
@@ -214,6 +226,23 @@ def _obstacles(config: Config) -> Iterator[str]:
             yield f"{name}.offload: needs a GPU, and there is none; set {name}.offload=false"
 
 
+def _unreachable(config: Config, size: int) -> Iterator[str]:
+    """Yield why a server cannot do what it is for."""
+    answers = max(config.rollout.max_tokens, config.eval.max_tokens or 0)
+    longest, teacher = config.data.max_prompt_tokens + answers, config.teacher
+    try:
+        if config.rollout.engine == "vllm_server":
+            with closing(build.connect(config.rollout, config)) as server:
+                server.check(max_length=longest, vocab_size=size)
+                server.check_updates()
+        if teacher is not None and teacher.kind == "server":
+            k = config.objective.k if teacher.payload == "topk" else 0
+            with closing(build.connect(teacher, config)) as server:
+                server.check(max_length=longest + 1, vocab_size=size, k=k)
+    except (ValueError, OSError) as problem:
+        yield str(problem)
+
+
 def _has_weights(path: str) -> bool:
     return any(Path(path).glob("*.safetensors"))
 
@@ -222,8 +251,8 @@ def _weights(config: Config) -> Iterator[str]:
     """Yield the directories whose weights will be read, and are there."""
     if config.student.init == "hf" and _has_weights(config.student.path):
         yield config.student.path
-    for section in _frozen(config).values():
-        if _has_weights(section.path):
+    for name, section in _frozen(config).items():
+        if name in _networks(config) and _has_weights(section.path):
             yield section.path
 
 
@@ -239,8 +268,9 @@ def _check_ranks(config: Config, world: int) -> None:
 def _check_networks(config: Config) -> None:
     """Check that all networks are supported, divide over the ranks, and reach far enough."""
     tp, pp = config.parallel.tp, config.parallel.pp
-    for name, path in _models(config).items():
+    for path in _networks(config).values():
         check_network_layout(path, tp, pp)
+    for name, path in _models(config).items():
         _check_positions(config, name, path, "rollout.max_tokens", config.rollout.max_tokens)
     if config.eval.prompts and config.eval.max_tokens:  # only the student sees those
         longest = config.eval.max_tokens

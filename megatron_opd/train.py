@@ -1,12 +1,10 @@
 """The loop: generate, pack, score, step, log, save. Everything else is a part that it is given."""
 
-import time
 from contextlib import closing
-
-import torch
 
 from megatron_opd import config as cfg
 from megatron_opd import parallel as mesh
+from megatron_opd.clock import Clock
 from megatron_opd.job import Job
 from megatron_opd.step import train_step
 
@@ -30,10 +28,7 @@ def main(config: cfg.Config) -> None:
             job.log(0, job.evaluate())
         for step in range(start + 1, job.steps + 1):
             clock = Clock()
-            job.engine.sync()  # first, so that a resumed run never samples with stale weights
-            clock.lap("sync")
-            rollouts = job.generate(step)
-            clock.lap("rollout")
+            rollouts = job.generate(step, clock)
             microbatches = job.pack(rollouts, step)
             judgements = job.score(microbatches)
             clock.lap("score")
@@ -50,23 +45,3 @@ def main(config: cfg.Config) -> None:
         if config.run.export:
             job.export()
     mesh.shutdown()
-
-
-class Clock:
-    """Seconds of each phase of a step."""
-
-    def __init__(self):
-        self.start = self.last = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    def lap(self, phase: str) -> None:
-        """Charge the time since the previous lap to `phase`."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[f"time/{phase}_s"] = now - self.last
-        self.last = now
-
-    def read(self) -> dict[str, float]:
-        """Return the seconds of every phase, and of the whole step."""
-        return {**self.seconds, "time/step_s": self.last - self.start}

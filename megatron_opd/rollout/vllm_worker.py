@@ -20,7 +20,10 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -93,8 +96,9 @@ class BucketTransfer(WeightTransferEngine[_Init, _Bucket]):
             if isinstance(module, VocabParallelEmbedding):
                 tables.setdefault(module.weight.data_ptr(), []).append(module)
         for shared in tables.values():
-            for table in shared if len(shared) > 1 else ():
-                table.quant_method.process_weights_after_loading(table)
+            heads = [table for table in shared if isinstance(table, ParallelLMHead)]
+            for head in heads if len(shared) > 1 else ():
+                head.quant_method.process_weights_after_loading(head)
 
     def shutdown(self) -> None:
         """Do nothing: nothing was opened."""

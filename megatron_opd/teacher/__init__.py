@@ -1,4 +1,4 @@
-"""Who judges: a frozen teacher on the student's own ranks."""
+"""Who judges: a frozen teacher on the student's own ranks, or behind a server."""
 
 from typing import Protocol
 
@@ -10,6 +10,10 @@ class Teacher(Protocol):
 
     def score(self, microbatches: list[Microbatch]) -> list[Scores | None]:
         """Return one judgement per microbatch on the last pipeline stage, None on the others."""
+        ...
+
+    def close(self) -> None:
+        """Give back what is held beyond this process."""
         ...
 
 

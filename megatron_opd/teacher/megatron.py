@@ -48,6 +48,9 @@ class MegatronTeacher:
         return [p for p in self.model.parameters() if p is not stays]
 
     @torch.no_grad()
+    def close(self) -> None:
+        """Do nothing: the weights go with the process."""
+
     def score(self, microbatches: list[Microbatch]) -> list[Scores | None]:
         """Run forward only through the pipeline schedule and keep the supervised positions."""
         if self.away:

@@ -1,6 +1,7 @@
 """The engine on a real vLLM server: it writes with the weights that the student has."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -147,6 +148,20 @@ def _more_rows(rank, url, folder):
 def test_a_server_with_more_ids_than_the_tokenizer_is_refused():
     running = vllm_server("qwen3")
     run_ranks(_more_rows, 1, running.url, running.folder)
+
+
+def _ask_for_top_ids_of_a_truncated_distribution(rank):
+    engine = ServerEngine(None, mesh.initialize(), Server("http://127.0.0.1:1"), vocab_size=VOCAB)
+    for truncated in ({"top_p": 0.9}, {"top_k": 4}):
+        with pytest.raises(ValueError, match="cannot tell the 5 most likely ids"):
+            engine.submit(PROMPTS, n=1, sampling=replace(SAMPLING, **truncated), seed=0)
+    pending = engine.submit(PROMPTS, n=1, sampling=replace(SAMPLING, top_k=5), seed=0)
+    engine.close()
+    assert pending.answers.cancelled()
+
+
+def test_top_ids_are_not_made_up():
+    run_ranks(_ask_for_top_ids_of_a_truncated_distribution, 1)
 
 
 def test_the_server_passes_its_checks():
