@@ -41,7 +41,17 @@ are the largest, relative to the largest entry of that gradient in float64, over
 tokens and the whole vocabulary."""
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 SHAPE = ("tokens", "vocab", "hidden", "k", "tp", "dtype")
-COLUMNS = ("loss", "s", "× baseline", "target", "MiB", "× baseline", "target", "gradient error")
+COLUMNS = (
+    "loss",
+    "s",
+    "× baseline",
+    "target",
+    "MiB",
+    "× baseline",
+    "target",
+    "largest error",
+    "its norm",
+)
 ERROR_TOKENS, TOKENS_AT_ONCE, ROWS_AT_ONCE, PAGE = 128, 64, 8192, 4096
 
 
@@ -309,8 +319,11 @@ def _status(name: str) -> int:
     return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
 
 
-def errors(row: Row, step: Step, inputs: Inputs) -> list[float]:
-    """Return the largest errors of the gradients of the hidden states and of the head."""
+def errors(row: Row, step: Step, inputs: Inputs) -> dict[str, float]:
+    """Return the error of the worse of both gradients: its largest entry, and its norm.
+
+    Relative to the largest entry and to the norm of the gradient in float64.
+    """
     small, group = inputs.first(ERROR_TOKENS), inputs.parallel.tp_group
     small.gradient_VH.zero_()
     small.forget()
@@ -318,16 +331,26 @@ def errors(row: Row, step: Step, inputs: Inputs) -> list[float]:
     got_VH = small.gradient_VH if small.weight_VH.grad is None else small.weight_VH.grad
     hidden_TH, shares = small.hidden_TH.detach().double(), logit_gradient(row, small)
     share_TV = shares.chunk(inputs.parallel.tp, -1)[inputs.parallel.tp_rank]
-    want_TH, worst = torch.zeros_like(hidden_TH), hidden_TH.new_zeros(2)
+    want_TH = torch.zeros_like(hidden_TH)
+    largest, squares = hidden_TH.new_zeros(2), hidden_TH.new_zeros(2)  # of the error, of the truth
     blocks = (x.split(ROWS_AT_ONCE) for x in (small.weight_VH.detach(), got_VH, share_TV.T))
     for weight, got, share_VT in zip(*blocks, strict=True):
         want_TH += share_VT.T @ weight.double()
         want = share_VT @ hidden_TH
-        worst = torch.stack([(got - want).abs().max(), want.abs().max()]).maximum(worst)
-    dist.all_reduce(want_TH, group=group)
-    dist.all_reduce(worst, dist.ReduceOp.MAX, group=group)
-    hidden = (small.hidden_TH.grad - want_TH).abs().max() / want_TH.abs().max()
-    return [hidden.item(), (worst[0] / worst[1]).item()]
+        largest = torch.stack([(got - want).abs().max(), want.abs().max()]).maximum(largest)
+        squares += torch.stack([(got - want).square().sum(), want.square().sum()])
+    for total, how in (
+        (want_TH, dist.ReduceOp.SUM),
+        (largest, dist.ReduceOp.MAX),
+        (squares, dist.ReduceOp.SUM),
+    ):
+        dist.all_reduce(total, how, group=group)
+    off_TH = small.hidden_TH.grad - want_TH
+    head, norm = largest[0] / largest[1], (squares[0] / squares[1]).sqrt()
+    return {
+        "grad_error": max(off_TH.abs().max() / want_TH.abs().max(), head).item(),
+        "grad_error_norm": max(off_TH.norm() / want_TH.norm(), norm).item(),
+    }
 
 
 def logit_gradient(row: Row, inputs: Inputs) -> Tensor:
@@ -411,7 +434,7 @@ def report(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str,
                 **{key: getattr(options, key) for key in SHAPE},
                 "seconds": statistics.median(repeats),
                 "peak_bytes": launch(options, name),
-                "grad_error": max(measured["errors"][name]),
+                **measured["errors"][name],
                 "repeats": repeats,
             }
         )
@@ -433,6 +456,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{row['peak_bytes'] / row['baseline_peak_bytes']:.3f}",
         f"≤ {known.memory:.3f}" if known.memory else "",
         f"{row['grad_error']:.0e}",
+        f"{row['grad_error_norm']:.1e}",
     ]
 
 
