@@ -37,21 +37,12 @@ gradient and the head's. The baseline is a linear layer followed by Megatron-Cor
 vocab_parallel_cross_entropy: three products of the size of the head. Repeats are interleaved with
 the baseline's; ratios are of medians, and beside them stands what they should be at most. Memory
 is the peak of a process of its own above what lay there before, without the two gradients. Errors
-are the largest, relative to the largest entry of that gradient in float64, over the first 32
-tokens and the whole vocabulary."""
+are against float64, over the first 128 tokens and the whole vocabulary: the largest, relative to
+the largest entry of the gradient, and the norm, relative to the gradient's."""
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 SHAPE = ("tokens", "vocab", "hidden", "k", "tp", "dtype")
-COLUMNS = (
-    "loss",
-    "s",
-    "× baseline",
-    "target",
-    "MiB",
-    "× baseline",
-    "target",
-    "largest error",
-    "its norm",
-)
+RATIO = ("× baseline", "target")
+COLUMNS = ("loss", "s", *RATIO, "MiB", *RATIO, "largest error", "norm of error")
 ERROR_TOKENS, TOKENS_AT_ONCE, ROWS_AT_ONCE, PAGE = 128, 64, 8192, 4096
 
 

@@ -22,7 +22,7 @@ def test_every_row_has_the_gradient_of_its_definition(tmp_path, capsys, tp):
     rows = run(tmp_path / "out.json", "--tp", tp)
     assert list(rows) == ["baseline", *benchmark.ROWS]
     for row in rows.values():
-        assert row["grad_error"] < 1e-4, row
+        assert max(row["grad_error"], row["grad_error_norm"]) < 1e-4, row
         assert len(row["repeats"]) == 2 and min(row["repeats"]) <= row["seconds"]
         assert row["baseline_seconds"] == rows["baseline"]["seconds"] > 0
         assert row["baseline_peak_bytes"] == rows["baseline"]["peak_bytes"] > 0
@@ -55,7 +55,7 @@ def _measure_what_is_known(rank):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures the memory of the process")
 def test_a_wrong_gradient_and_a_known_allocation_are_seen():
     ((wrong, peak),) = run_ranks(_measure_what_is_known, 1)
-    assert min(wrong) > 0.01
+    assert min(wrong.values()) > 0.01
     assert 60 < peak / 2**20 < 70
 
 
