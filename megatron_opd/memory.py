@@ -39,7 +39,10 @@ def estimate(config: Config, objective: Objective, judges: Judges, dp: int) -> M
         "score": {},
         "train": _training(config, objective, judges, student),
     }
-    if config.rollout.engine == "megatron" or config.eval.prompts:
+    engine = config.rollout.engine
+    if engine == "vllm":
+        memory["rollout"] = _vllm(config, student)
+    elif engine == "megatron" or (engine == "replay" and config.eval.prompts):
         memory["rollout"]["key-value cache"] = _cache(config, student, dp)
     if judges:
         _add_judges(memory, config, judges, dp)
@@ -71,6 +74,18 @@ def _fullest_stage(arch: Architecture, tp: int, pp: int) -> int:
         if weight.vocab and arch.tied and pp > 1:  # the last stage keeps a copy as its head
             stages[-1] += size
     return max(stages)
+
+
+def _vllm(config: Config, student: Architecture) -> dict[str, int]:
+    """What a full batch needs; on a GPU vLLM takes all of its gpu_memory_utilization."""
+    longest = max(config.rollout.max_tokens, config.eval.max_tokens or 0)
+    tokens = config.rollout.batch_size * (config.data.max_prompt_tokens + longest)
+    width, tp = WIDTH[config.student.dtype], config.rollout.tp
+    heads = max(1, student.kv_heads // tp)
+    return {
+        "vLLM weights": count_parameters(config.student.path) * width // tp,
+        "vLLM key-value cache": tokens * 2 * heads * student.head_dim * student.layers * width,
+    }
 
 
 def _cache(config: Config, student: Architecture, dp: int) -> int:

@@ -194,6 +194,31 @@ def test_a_missing_file_and_an_empty_one(tmp_path):
             "train.microbatch_tokens: got 8191, expected at least 8192",
         ),
         (["optimizer.min_lr=1e-3"], "optimizer.min_lr: got 0.001, expected at most"),
+        (["parallel.tp=4", "rollout.tp=3"], "rollout.tp: got 3, expected a divisor of parallel.tp"),
+        (["rollout.engine=vllm_server"], "rollout.url: missing, but rollout.engine=vllm_server"),
+        (
+            ["rollout={engine: vllm, async_depth: 1}"],
+            "rollout.async_depth: got 1, expected 0 with rollout.engine=vllm: only a server",
+        ),
+        (
+            ["teacher={kind: server, payload: topk}"],
+            "teacher.url: missing, but teacher.kind=server",
+        ),
+        (
+            ["teacher={kind: server, url: http://x}"],
+            "teacher.payload: got 'hidden', expected topk or sampled with teacher.kind=server",
+        ),
+        (
+            [
+                "teacher={kind: server, url: http://x, payload: topk}",
+                "objective={support: teacher_topk, teacher_temperature: 2.0}",
+            ],
+            "objective.teacher_temperature: got 2, expected 1 with teacher.kind=server",
+        ),
+        (
+            ["teacher={kind: server, url: http://x, payload: topk, offload: true}"],
+            "teacher.offload: got true, but the server",
+        ),
         (["eval.every=5"], "eval.prompts: empty, but eval.every"),
         (["eval.n=4"], "eval.n: got 4, expected 1 with eval.temperature=0"),
     ],
@@ -211,6 +236,9 @@ def test_values_that_exclude_each_other(refusal, overrides, line):
         ["rollout.mask_format='boxed\\{.*\\}'", "rollout.mask_truncated=true"],
         ["objective.support=full", "rollout.engine=replay", "rollout.n=1", "rollout.temperature=0"],
         ["train.microbatch_tokens=8192"],
+        ["rollout={engine: vllm_server, url: http://x, async_depth: 1}"],
+        ["rollout={engine: vllm, tp: 2}", "parallel.tp=4", "vllm={block_size: 32}"],
+        ["teacher={kind: server, url: http://x, payload: topk}", "objective.support=teacher_topk"],
         ["eval.n=4", "eval.temperature=0.7"],
     ],
 )
@@ -229,6 +257,12 @@ def test_values_that_agree(load, overrides):
         (["run.keep=3"], ["run.keep: has no effect"]),
         (["train.steps=3", "train.epochs=2"], ["train.epochs: has no effect"]),
         (["rollout.top_p=0.9"], ["rollout.top_p=0.9, rollout.top_k=0: responses come from"]),
+        (["rollout.tp=1", "vllm={}"], []),
+        (["parallel.tp=2", "rollout.tp=2"], ["rollout.tp: has no effect"]),
+        (["vllm.block_size=16"], ["vllm: has no effect"]),
+        (["rollout={engine: vllm, url: http://x}"], ["rollout.url: has no effect"]),
+        (["rollout={engine: vllm_server, url: http://x, retries: 9}"], []),
+        (["teacher.timeout_s=5"], ["teacher.timeout_s: has no effect"]),
         (
             ["rollout={correction_low: 0.8, correction_high: 3.0}"],
             ["rollout.correction_low: has no effect", "rollout.correction_high: has no effect"],

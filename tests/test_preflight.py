@@ -144,6 +144,17 @@ def test_memory_follows_the_config(home):
     assert memory.peak({"always": {"a": 3}, "x": {"b": 1, "c": 1}, "y": {"d": 5}}) == 8
 
 
+def test_memory_of_vllm_is_its_own_copy_of_the_student_and_a_full_batch(home):
+    def need(*overrides):
+        return estimate(load("rollout.engine=vllm", "parallel.tp=2", *overrides), 2)["rollout"]
+
+    whole, half = need(), need("rollout.tp=2")
+    assert whole["vLLM weights"] == 4 * memory.count_parameters("student")
+    assert whole["vLLM key-value cache"] == 64 * 100 * 2 * 4 * 8 * 4 * 4
+    assert all(whole[name] == 2 * half[name] for name in whole)
+    assert not estimate(load("rollout={engine: vllm_server, url: http://x}"), 2)["rollout"]
+
+
 def test_evaluation_has_a_cache_of_its_own_length(home):
     def cache(*overrides):
         return estimate(load(*overrides), 2)["rollout"].get("key-value cache")

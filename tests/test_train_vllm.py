@@ -130,7 +130,9 @@ def test_networks_that_vllm_does_not_have_are_refused(home):
 
 @NEEDS_VLLM
 def test_values_that_vllm_refuses_are_one_line(home):
-    with pytest.raises(RuntimeError, match=r"ValueError: vllm: No common block size for 7") as caught:
+    with pytest.raises(
+        RuntimeError, match=r"ValueError: vllm: No common block size for 7"
+    ) as caught:
         run(1, VLLM, "vllm.block_size=7")
     assert "rank 0" in str(caught.value)
 
