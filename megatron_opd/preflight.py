@@ -168,12 +168,12 @@ def _check_objective(config: Config) -> None:
             f"rollout.logprobs: got {kept}, expected objective.k={objective.k}, the size of the "
             f"support '{config.objective.support}'; leave it out"
         )
-    cut = config.rollout.top_p < 1 or config.rollout.top_k
-    if cut and "rollout_ids_CK" in objective.wants and config.rollout.engine != "megatron":
+    listed, cut = build.samplings(config, objective, ())[0].top_ids, config.rollout
+    if listed and config.rollout.engine != "megatron" and (cut.top_p < 1 or cut.top_k):
         raise ValueError(
-            f"objective.support: got '{config.objective.support}', which wants the ids that the "
-            "student finds most likely, but vLLM lists them after rollout.top_p and top_k cut; "
-            "cut nothing, or set student_topk"
+            f"rollout: got top_p={cut.top_p:g} and top_k={cut.top_k}, but the {listed} most likely "
+            "ids are to come with every token (objective.support, rollout.logprobs), and vLLM "
+            "lists them after cutting; cut nothing"
         )
     payload = config.teacher.payload if config.teacher else "hidden"
     if payload != "hidden":
@@ -233,7 +233,8 @@ def _unreachable(config: Config, size: int) -> Iterator[str]:
     try:
         if config.rollout.engine == "vllm_server":
             with closing(build.connect(config.rollout, config)) as server:
-                server.check(max_length=longest, vocab_size=size)
+                kept = build.samplings(config, build.build_objective(config), ())[0].top_ids
+                server.check(max_length=longest, vocab_size=size, k=kept + 1 if kept else 0)
                 server.check_updates()
         if teacher is not None and teacher.kind == "server":
             k = config.objective.k if teacher.payload == "topk" else 0

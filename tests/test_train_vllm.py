@@ -100,8 +100,7 @@ def refusal(home, *words, world=1):
         ),
         (
             ["objective.support=rollout_topk", "rollout.top_p=0.9"],
-            "objective.support: got 'rollout_topk', which wants the ids that the student finds "
-            "most likely, but vLLM lists them after rollout.top_p and top_k cut",
+            "rollout: got top_p=0.9 and top_k=0, but the 8 most likely ids are to come with every",
         ),
         (
             ["objective.support=rollout_topk", "rollout.logprobs=5"],

@@ -1,7 +1,7 @@
 """Real vLLM servers of tiny models, started once and shared by the tests that push weights."""
 
 import atexit
-import importlib.util
+import contextlib
 import os
 import signal
 import socket
@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.hf import write_checkpoint
 
 ROWS, VOCAB = 203, 200  # of config.json's tables; of the tokenizer, and of the servers
 LONGEST = 128
-needs_vllm = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="needs vLLM: make vllm"
-)
 _OPTIONS = f"""
 --host 127.0.0.1 --enable-scale-out --load-format dummy --hf-overrides {{"vocab_size":{VOCAB}}}
 --weight-transfer-config {{"backend":"megatron_opd"}}
@@ -47,16 +45,20 @@ class Running:
     process: subprocess.Popen
 
     def kill(self) -> None:
-        """Kill the server and all its processes."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+        """Kill the server; its engine is asked to go, which gives back its shared memory."""
+        children = psutil.Process(self.process.pid).children()
+        os.kill(self.process.pid, signal.SIGKILL)
+        for child in children:
+            child.terminate()
 
 
+_HOME = tempfile.TemporaryDirectory(prefix="vllm_server_")
 _RUNNING: dict[str, Running] = {}
 
 
 def checkpoint(family: str, seed: int) -> Path:
     """Write a checkpoint of random weights."""
-    folder = Path(tempfile.mkdtemp(prefix=f"{family}_{seed}_"))
+    folder = Path(tempfile.mkdtemp(prefix=f"{family}_{seed}_", dir=_HOME.name))
     return write_checkpoint(folder, family, head_dim=32, vocab_size=ROWS, seed=seed)
 
 
@@ -108,6 +110,13 @@ def _wait(running: Running, seconds: float = 240.0) -> None:
     pytest.fail(f"the server did not start:\n{(running.folder / 'log.txt').read_text()[-3000:]}")
 
 
-def _stop(running: Running) -> None:
-    if running.process.poll() is None:
-        running.kill()
+def _stop(running: Running, seconds: float = 20.0) -> None:
+    """Ask the server to go; kill what is left of it after a while."""
+    running.process.terminate()
+    deadline = time.monotonic() + seconds
+    with contextlib.suppress(ProcessLookupError):  # no process of its group is there any more
+        while time.monotonic() < deadline:
+            running.process.poll()
+            os.killpg(running.process.pid, 0)
+            time.sleep(0.1)
+        os.killpg(running.process.pid, signal.SIGKILL)

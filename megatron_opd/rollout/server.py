@@ -178,8 +178,10 @@ class Server:
             self._loop.call_soon_threadsafe(self._loop.stop)
 
     async def _leave(self) -> None:
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # whoever waits is told
         await self._client.aclose()
 
     def _send(self, bucket: list[tuple[str, Tensor]]) -> None:

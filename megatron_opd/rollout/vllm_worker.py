@@ -74,7 +74,8 @@ class BucketTransfer(WeightTransferEngine[_Init, _Bucket]):
         weights: Any = update_info.weights
         if update_info.path is not None:
             weights = load_file(update_info.path).items()
-        self.loaded |= set(self.model.load_weights(iter(weights)) or ())
+        model: Any = self.model
+        self.loaded |= set(model.load_weights(iter(weights)) or ())
 
     def finish_weight_update(self) -> None:
         """Process what is left, the second copy of tied weights too.
@@ -91,7 +92,7 @@ class BucketTransfer(WeightTransferEngine[_Init, _Bucket]):
 
     def _pack_tied(self) -> None:
         """Renew what a tied head packed of the table whose memory it shares."""
-        tables: dict[int, list[VocabParallelEmbedding]] = {}
+        tables: dict[int, list[Any]] = {}
         for module in self.model.modules():
             if isinstance(module, VocabParallelEmbedding):
                 tables.setdefault(module.weight.data_ptr(), []).append(module)

@@ -54,7 +54,7 @@ def _model(folder, parallel):
 
 
 def _engine(model, parallel, folder, *, tp=1, **how):
-    from megatron_opd.rollout.vllm import VllmEngine
+    from megatron_opd.rollout.vllm_engine import VllmEngine
 
     settings = {"batch_size": 8, "max_length": 64, "seed": parallel.rank, "options": {}, **how}
     return VllmEngine(model, parallel, folder=str(folder), vocab_size=VOCAB, tp=tp, **settings)

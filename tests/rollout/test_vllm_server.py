@@ -15,10 +15,11 @@ from megatron_opd.rollout import Sampling
 from megatron_opd.rollout.server import Server
 from megatron_opd.rollout.vllm_server import ServerEngine
 from tests.distributed import run_ranks
+from tests.rollout.needs_vllm import NEEDS_VLLM
 from tests.tiny import make_prompts
-from tests.vllm_server import LONGEST, VOCAB, checkpoint, needs_vllm, start, vllm_server
+from tests.vllm_server import LONGEST, VOCAB, checkpoint, start, vllm_server
 
-pytestmark = needs_vllm
+pytestmark = NEEDS_VLLM
 SAMPLING = Sampling(max_tokens=12, temperature=0.8, stop_ids=(4, 9), top_ids=5)
 PROMPTS = make_prompts([5, 9, 3, 14])
 

@@ -11,10 +11,11 @@ from megatron_opd.rollout.vllm_server import ServerEngine
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.teacher.server import ServerTeacher
 from tests.distributed import run_ranks
+from tests.rollout.needs_vllm import NEEDS_VLLM
 from tests.tiny import make_rollouts
-from tests.vllm_server import VOCAB, checkpoint, needs_vllm, vllm_server
+from tests.vllm_server import VOCAB, checkpoint, vllm_server
 
-pytestmark = needs_vllm
+pytestmark = NEEDS_VLLM
 SHAPES = [(3, 5), (7, 2), (4, 9), (2, 1), (1, 6)]
 K = 6
 

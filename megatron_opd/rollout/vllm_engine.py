@@ -11,6 +11,7 @@ import gc
 import os
 import random
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -34,6 +35,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 from vllm import LLM, SamplingParams
 
 from megatron_opd.rollout import vllm_worker
+
+warnings.filterwarnings("ignore", message="`torch.distributed.reduce_op` is deprecated")  # vLLM's
 
 _Answer = tuple[np.ndarray, np.ndarray, Literal["stop", "length"]]  # ids_TK, logp_TK, why it ended
 _ENVIRONMENT = ("LOCAL_WORLD_SIZE", "LD_PRELOAD", "LD_LIBRARY_PATH")  # what vLLM overwrites
@@ -70,7 +73,7 @@ class VllmEngine:
         self.engine = (parallel.pp_rank * parallel.tp + parallel.tp_rank) // tp  # this rank's
         self.speaks = parallel.tp_rank % tp == 0  # one rank of an engine tells the others
         self.host = _Host(seed)
-        fields = self._fields(folder, tp, batch_size, max_length) | options
+        fields = self.fields(folder, tp, batch_size, max_length) | options
         with self.host.apart():
             try:
                 self.llm = LLM(**fields)
@@ -79,7 +82,8 @@ class VllmEngine:
             self.llm.init_weight_transfer_engine({"init_info": {}})
         self._sleep()
 
-    def _fields(self, folder: str, tp: int, batch_size: int, max_length: int) -> dict[str, Any]:
+    def fields(self, folder: str, tp: int, batch_size: int, max_length: int) -> dict[str, Any]:
+        """Return the fields of vLLM's EngineArgs that are not the user's to set."""
         dtype = self.model.config.params_dtype
         fields: dict[str, Any] = {
             "model": folder,
@@ -140,7 +144,7 @@ class VllmEngine:
         with self.host.apart():
             outputs = self.llm.generate(
                 [{"prompt_token_ids": list(request.prompt.token_ids)} for request in mine],
-                [_parameters(request, sampling) for request in mine],
+                [sampling_params(request, sampling) for request in mine],
                 use_tqdm=self.parallel.is_main and sys.stderr.isatty(),
             )
             self._sleep()
@@ -227,7 +231,8 @@ def _restore(states: tuple[Any, ...]) -> None:
         torch.cuda.set_rng_state(states[3])
 
 
-def _parameters(request: Request, sampling: Sampling) -> SamplingParams:
+def sampling_params(request: Request, sampling: Sampling) -> SamplingParams:
+    """Return what vLLM is told of one request."""
     return SamplingParams(
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
