@@ -18,7 +18,7 @@ from megatron_opd.metrics import RunLog
 from megatron_opd.model import architecture, build_model, load_hf, padded_vocab
 from megatron_opd.parallel import Parallel
 from megatron_opd.reward import REWARDS
-from megatron_opd.rollout import RolloutEngine, Sampling
+from megatron_opd.rollout import RolloutEngine, Sampling, request_seed
 from megatron_opd.rollout.megatron import MegatronEngine
 from megatron_opd.rollout.replay import ReplayEngine
 from megatron_opd.rollout.server import Server
@@ -213,7 +213,22 @@ def connect(section: cfg.Rollout | cfg.Teacher, config: cfg.Config) -> Server:
 
 
 def _vllm_engine(config: cfg.Config, student: Student) -> RolloutEngine:
-    pass  # seconds, and not always there
+    from megatron_opd.rollout.vllm_engine import (
+        VllmEngine,  # takes seconds, and is not always there
+    )
+
+    longest = max(config.rollout.max_tokens, config.eval.max_tokens or 0)
+    return VllmEngine(
+        student.model,
+        student.parallel,
+        folder=config.student.path,
+        vocab_size=student.vocab_size,
+        tp=config.rollout.tp,
+        batch_size=config.rollout.batch_size,
+        max_length=config.data.max_prompt_tokens + longest,
+        seed=request_seed(config.seed, student.parallel.rank),
+        options=config.vllm,
+    )
 
 
 def build_objective(config: cfg.Config) -> Objective:
