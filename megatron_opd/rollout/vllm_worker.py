@@ -93,10 +93,10 @@ class BucketTransfer(WeightTransferEngine[_Init, _Bucket]):
     def _pack_tied(self) -> None:
         """Renew what a tied head packed of the table whose memory it shares."""
         tables: dict[int, list[Any]] = {}
-        model: Any = self.model
-        for module in model.modules():
+        for module in self.model.modules():
             if isinstance(module, VocabParallelEmbedding):
-                tables.setdefault(module.weight.data_ptr(), []).append(module)
+                weight: Any = module.weight
+                tables.setdefault(weight.data_ptr(), []).append(module)
         for shared in tables.values():
             heads: list[Any] = [table for table in shared if isinstance(table, ParallelLMHead)]
             for head in heads if len(shared) > 1 else ():
