@@ -39,12 +39,12 @@ run: {dir: runs/one, save_every: 1, save_rollouts_every: 2, tensorboard: true}
 """
 
 
-def make_home(folder: Path, texts=(), vocab_size: int = 300, head_dim: int = 12) -> Path:
+def make_home(folder: Path, texts=(), vocab_size=300, *, head_dim=12, spare_rows=3) -> Path:
     """Write two real tiny models with their tokenizer, prompts with responses, and a config."""
     for name, layers, seed in (("student", 2, 1), ("teacher", 4, 2)):
         tokenizer = train_tokenizer(folder / name, texts, vocab_size=vocab_size)
         shape = dict(
-            vocab_size=len(tokenizer) + 3,
+            vocab_size=len(tokenizer) + spare_rows,
             num_hidden_layers=layers,
             hidden_size=16 * layers,
             head_dim=head_dim,
