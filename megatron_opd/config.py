@@ -117,7 +117,7 @@ class Rollout(Section):
     tp: Positive = 1
     """Ranks of one engine=vllm; divides parallel.tp."""
     url: str | None = None
-    """Address of the server of engine=vllm_server, for example http://10.0.0.7:8000."""
+    """Address of the server of engine=vllm_server, on this host: http://127.0.0.1:8000, say."""
     timeout_s: Positive = 600
     """Seconds to wait for a response of the server."""
     retries: Natural = 3
@@ -137,7 +137,7 @@ class Rollout(Section):
     stop_token_ids: tuple[Natural, ...] = ()
     """Token ids that end a response, besides the tokenizer's and generation_config's."""
     batch_size: Positive = 64
-    """Sequences that one replica decodes together."""
+    """Sequences that one engine decodes together, or that one server is asked for at a time."""
     mask_truncated: bool = False
     """Do not supervise responses that were cut at max_tokens."""
     mask_format: str | None = None
