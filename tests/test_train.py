@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_opd import parallel as mesh
 from megatron_opd import train
+from megatron_opd.clock import Clock
 from megatron_opd.config_file import load_config
 from megatron_opd.job import Job
 from megatron_opd.step import train_step
@@ -317,8 +318,7 @@ def _supervision(rank, layout):
     job.restore()
     seen = []
     for step in (1, 2):
-        job.engine.sync()
-        rollouts = job.generate(step)
+        rollouts = job.generate(step, Clock())
         batches = job.pack(rollouts, step)
         judgements = job.score(batches)
         metrics = train_step(job.student, batches, judgements, job.objective)

@@ -47,10 +47,10 @@ class MegatronTeacher:
         stays = self.head.weight_VH if self.head and self.payload == "hidden" else None
         return [p for p in self.model.parameters() if p is not stays]
 
-    @torch.no_grad()
     def close(self) -> None:
         """Do nothing: the weights go with the process."""
 
+    @torch.no_grad()
     def score(self, microbatches: list[Microbatch]) -> list[Scores | None]:
         """Run forward only through the pipeline schedule and keep the supervised positions."""
         if self.away:
