@@ -139,7 +139,7 @@ class VocabShard:
 
     def top(self, k: int) -> tuple[Tensor, Tensor]:
         """Return this rank's k highest logits and their ids, padded with −inf, [C, k]."""
-        looked_at = min(self.width, k * COLUMNS)
+        looked_at = 4 * min(self.width, k * COLUMNS)  # some of it in 8 bytes an entry
         rows = blocks(len(self.z_CV), looked_at, self.z_CV.device)
         found = zip(*(_first_of_sorted(self.z_CV[block], k) for block in rows), strict=True)
         value_CK, column_CK = (torch.cat(parts) for parts in found)
@@ -250,5 +250,5 @@ def _leading(x_CV: Tensor, k: int) -> Tensor:
     above_CV, tied_CV = x_CV > kth_C1, x_CV == kth_C1
     room_C1 = k - above_CV.sum(-1, keepdim=True)
     kept_CV = above_CV | (tied_CV & (tied_CV.cumsum(-1, dtype=torch.int32) <= room_C1))
-    leftness_V = torch.arange(x_CV.shape[-1], 0, -1, device=x_CV.device)
+    leftness_V = torch.arange(x_CV.shape[-1], 0, -1, device=x_CV.device, dtype=torch.int32)
     return torch.where(kept_CV, leftness_V, 0).topk(k).indices
