@@ -99,12 +99,18 @@ def samplings(
     """Return how training responses and how evaluation responses are drawn."""
     r, e = config.rollout, config.eval
     longest = e.max_tokens or r.max_tokens
-    wanted = objective.k if "rollout_ids_CK" in objective.wants else 0
-    top_ids = wanted if r.logprobs is None else r.logprobs
+    listed = listed_ids(config, objective)
     return (
-        Sampling(r.max_tokens, r.temperature, r.top_p, r.top_k, stops, top_ids),
+        Sampling(r.max_tokens, r.temperature, r.top_p, r.top_k, stops, listed),
         Sampling(longest, e.temperature, e.top_p, 0, stops),
     )
+
+
+def listed_ids(config: cfg.Config, objective: Objective) -> int:
+    """Return how many of the most likely ids come with every token of a training response."""
+    if config.rollout.logprobs is not None:
+        return config.rollout.logprobs
+    return objective.k if "rollout_ids_CK" in objective.wants else 0
 
 
 def megatron_fields(config: cfg.Config) -> dict[str, Any]:
@@ -213,11 +219,9 @@ def connect(section: cfg.Rollout | cfg.Teacher, config: cfg.Config) -> Server:
 
 
 def _vllm_engine(config: cfg.Config, student: Student) -> RolloutEngine:
-    from megatron_opd.rollout.vllm_engine import (
-        VllmEngine,  # takes seconds, and is not always there
-    )
+    # takes seconds, and is not always there
+    from megatron_opd.rollout.vllm_engine import VllmEngine
 
-    longest = max(config.rollout.max_tokens, config.eval.max_tokens or 0)
     return VllmEngine(
         student.model,
         student.parallel,
@@ -225,7 +229,7 @@ def _vllm_engine(config: cfg.Config, student: Student) -> RolloutEngine:
         vocab_size=student.vocab_size,
         tp=config.rollout.tp,
         batch_size=config.rollout.batch_size,
-        max_length=config.data.max_prompt_tokens + longest,
+        max_length=config.longest_sequence,
         seed=request_seed(config.seed, student.parallel.rank),
         options=config.vllm,
     )

@@ -343,6 +343,12 @@ class Config(Section):
     vllm: dict[str, Any] = {}
     """Fields of vLLM's EngineArgs, passed on to the engine of rollout.engine=vllm."""
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt and response, in training or evaluation."""
+        answer = max(self.rollout.max_tokens, self.eval.max_tokens or 0)
+        return self.data.max_prompt_tokens + answer
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
         for wrong, line in _contradictions(self):
@@ -391,29 +397,7 @@ def _contradictions(c: Config) -> Iterable[tuple[bool, str]]:
         f"rollout.n: got {c.rollout.n}, expected 1 with rollout.engine=replay: a row has one "
         "response",
     )
-    served, teacher = c.rollout.engine == "vllm_server", c.teacher
-    yield (
-        served and not c.rollout.url,
-        "rollout.url: missing, but rollout.engine=vllm_server asks a server; set its address",
-    )
-    yield (
-        bool(c.rollout.async_depth) and not served,
-        f"rollout.async_depth: got {c.rollout.async_depth}, expected 0 with rollout.engine="
-        f"{c.rollout.engine}: only a server (vllm_server) writes while the student trains",
-    )
-    if teacher is not None and teacher.kind == "server":
-        yield not teacher.url, "teacher.url: missing, but teacher.kind=server asks one; set it"
-        yield (
-            teacher.payload == "hidden",
-            "teacher.payload: got 'hidden', expected topk or sampled with teacher.kind=server: a "
-            "server sends log-probabilities and no hidden states, which other supports want",
-        )
-        yield (
-            objective.teacher_temperature != 1,
-            f"objective.teacher_temperature: got {objective.teacher_temperature:g}, expected 1 "
-            "with teacher.kind=server: a server scores a prompt at temperature 1",
-        )
-        yield teacher.offload, "teacher.offload: got true, but the server keeps its own memory"
+    yield from _about_servers(c)
     yield (
         c.parallel.tp % c.rollout.tp != 0,
         f"rollout.tp: got {c.rollout.tp}, expected a divisor of parallel.tp={c.parallel.tp}",
@@ -438,6 +422,32 @@ def _contradictions(c: Config) -> Iterable[tuple[bool, str]]:
         f"eval.n: got {c.eval.n}, expected 1 with eval.temperature=0: greedy responses to one "
         "prompt are all the same",
     )
+
+
+def _about_servers(c: Config) -> Iterable[tuple[bool, str]]:
+    served, teacher = c.rollout.engine == "vllm_server", c.teacher
+    yield (
+        served and not c.rollout.url,
+        "rollout.url: missing, but rollout.engine=vllm_server asks a server; set its address",
+    )
+    yield (
+        bool(c.rollout.async_depth) and not served,
+        f"rollout.async_depth: got {c.rollout.async_depth}, expected 0 with rollout.engine="
+        f"{c.rollout.engine}: only a server (vllm_server) writes while the student trains",
+    )
+    if teacher is not None and teacher.kind == "server":
+        yield not teacher.url, "teacher.url: missing, but teacher.kind=server asks one; set it"
+        yield (
+            teacher.payload == "hidden",
+            "teacher.payload: got 'hidden', expected topk or sampled with teacher.kind=server: a "
+            "server sends log-probabilities and no hidden states, which other supports want",
+        )
+        yield (
+            c.objective.teacher_temperature != 1,
+            f"objective.teacher_temperature: got {c.objective.teacher_temperature:g}, expected 1 "
+            "with teacher.kind=server: a server scores a prompt at temperature 1",
+        )
+        yield teacher.offload, "teacher.offload: got true, but the server keeps its own memory"
 
 
 def cautions(c: Config) -> list[str]:

@@ -107,13 +107,13 @@ class Job:
 
         With `rollout.async_depth`, those of the next step are under way when it returns.
         """
-        ahead = (self.ahead or self._begin(step, step - 1, clock)).settled(self.engine)
+        written = (self.ahead or self._begin(step, step - 1, clock)).settled(self.engine)
         self.ahead = None
         if self.config.rollout.async_depth and step < self.steps:
             self.ahead = self._begin(step + 1, step - 1, clock)
         clock.lap("rollout")
-        self.staleness = step - 1 - ahead.updates
-        return [replace(rollout, masked=self._is_masked(rollout)) for rollout in ahead.rollouts]
+        self.staleness = step - 1 - written.updates
+        return [replace(rollout, masked=self._is_masked(rollout)) for rollout in written.rollouts]
 
     def _begin(self, step: int, updates: int, clock: Clock) -> Ahead:
         """Have the responses of a step written by the weights of now, after `updates` steps."""

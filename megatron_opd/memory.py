@@ -78,13 +78,11 @@ def _fullest_stage(arch: Architecture, tp: int, pp: int) -> int:
 
 def _vllm(config: Config, student: Architecture) -> dict[str, int]:
     """What a full batch needs; on a GPU vLLM takes all of its gpu_memory_utilization."""
-    longest = max(config.rollout.max_tokens, config.eval.max_tokens or 0)
-    tokens = config.rollout.batch_size * (config.data.max_prompt_tokens + longest)
+    tokens = config.rollout.batch_size * config.longest_sequence
     width, tp = WIDTH[config.student.dtype], config.rollout.tp
-    heads = max(1, student.kv_heads // tp)
     return {
         "vLLM weights": count_parameters(config.student.path) * width // tp,
-        "vLLM key-value cache": tokens * 2 * heads * student.head_dim * student.layers * width,
+        "vLLM key-value cache": tokens * student.cache_elements(tp) * width,
     }
 
 
@@ -98,8 +96,8 @@ def _cache(config: Config, student: Architecture, dp: int) -> int:
     if config.eval.prompts:  # of which there may be enough for a full batch
         longest = prompt + (config.eval.max_tokens or rollout.max_tokens)
         tokens = max(tokens, rollout.batch_size * longest)
-    per_token = 2 * student.kv_heads * student.head_dim * student.layers
-    return tokens * per_token * WIDTH[config.student.dtype] // (parallel.tp * parallel.pp)
+    size = tokens * student.cache_elements() * WIDTH[config.student.dtype]
+    return size // (parallel.tp * parallel.pp)
 
 
 def _training(

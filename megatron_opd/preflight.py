@@ -82,10 +82,7 @@ def check(config: Config, world: int, *, dry_run: bool = False) -> list[str]:
     build.build_reward(config)
     _check_run(config)
     warnings = cautions(config)
-    for obstacle in _obstacles(config):
-        if not dry_run:
-            raise ValueError(obstacle)
-        warnings.append(obstacle)
+    _stop_at(_obstacles(config), warnings, dry_run=dry_run)
     _check_ranks(config, world)
     _check_networks(config)
     _check_vllm(config)
@@ -102,10 +99,7 @@ def preflight(config: Config, world: int, *, dry_run: bool = False) -> Plan:
     tokenizer = _check_tokenizers(config, warnings.append)
     for path in _weights(config):
         check_files(path, vocab_size=vocab_size(tokenizer))
-    for obstacle in _unreachable(config, vocab_size(tokenizer)):
-        if not dry_run:
-            raise ValueError(obstacle)
-        warnings.append(obstacle)
+    _stop_at(_unreachable(config, vocab_size(tokenizer)), warnings, dry_run=dry_run)
     prompts, held_out = build.load_data(config, tokenizer, warnings.append)
     _check_spaces(tokenizer, prompts[0])
     steps = build.count_steps(config, len(prompts))
@@ -126,6 +120,14 @@ def preflight(config: Config, world: int, *, dry_run: bool = False) -> Plan:
         held_out=held_out,
         warnings=warnings,
     )
+
+
+def _stop_at(obstacles: Iterator[str], warnings: list[str], *, dry_run: bool) -> None:
+    """Raise the first obstacle, or warn of them all where nothing is to run."""
+    for obstacle in obstacles:
+        if not dry_run:
+            raise ValueError(obstacle)
+        warnings.append(obstacle)
 
 
 def _models(config: Config) -> dict[str, str]:
@@ -168,8 +170,9 @@ def _check_objective(config: Config) -> None:
             f"rollout.logprobs: got {kept}, expected objective.k={objective.k}, the size of the "
             f"support '{config.objective.support}'; leave it out"
         )
-    listed, cut = build.samplings(config, objective, ())[0].top_ids, config.rollout
-    if listed and config.rollout.engine != "megatron" and (cut.top_p < 1 or cut.top_k):
+    listed, cut = build.listed_ids(config, objective), config.rollout
+    vllm = config.rollout.engine in ("vllm", "vllm_server")
+    if listed and vllm and (cut.top_p < 1 or cut.top_k):
         raise ValueError(
             f"rollout: got top_p={cut.top_p:g} and top_k={cut.top_k}, but the {listed} most likely "
             "ids are to come with every token (objective.support, rollout.logprobs), and vLLM "
@@ -228,13 +231,13 @@ def _obstacles(config: Config) -> Iterator[str]:
 
 def _unreachable(config: Config, size: int) -> Iterator[str]:
     """Yield why a server cannot do what it is for."""
-    answers = max(config.rollout.max_tokens, config.eval.max_tokens or 0)
-    longest, teacher = config.data.max_prompt_tokens + answers, config.teacher
+    longest, teacher = config.longest_sequence, config.teacher
     try:
         if config.rollout.engine == "vllm_server":
             with closing(build.connect(config.rollout, config)) as server:
-                kept = build.samplings(config, build.build_objective(config), ())[0].top_ids
-                server.check(max_length=longest, vocab_size=size, k=kept + 1 if kept else 0)
+                listed = build.listed_ids(config, build.build_objective(config))
+                k = listed + 1 if listed else 0  # as many as it is asked for
+                server.check(max_length=longest, vocab_size=size, k=k)
                 server.check_updates()
         if teacher is not None and teacher.kind == "server":
             k = config.objective.k if teacher.payload == "topk" else 0

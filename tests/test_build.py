@@ -1,8 +1,10 @@
 """What a config's objective asks of engine, teacher and base."""
 
+from contextlib import closing
+
 import pytest
 
-from megatron_opd.build import build_objective, judges, samplings
+from megatron_opd.build import build_objective, connect, judges, samplings
 from megatron_opd.config_file import load_config
 from tests.home import make_home
 
@@ -43,6 +45,18 @@ def test_names_with_a_colon_are_functions_and_the_others_are_the_losss_own(load)
     assert (objective.position_bucket, objective.max_tokens) == (9, 36)
     replay = load("rollout={engine: replay, n: 1}")
     assert build_objective(replay).rollout_temperature is None
+
+
+def test_a_server_is_asked_as_its_section_says(load):
+    rollout = "{engine: vllm_server, url: http://x/, timeout_s: 7, retries: 1, batch_size: 9}"
+    teacher = "{kind: server, url: http://y, payload: topk, timeout_s: 8, retries: 2}"
+    config = load(f"rollout={rollout}", f"teacher={teacher}", "objective.support=teacher_topk")
+    found = []
+    for section in (config.rollout, config.teacher):
+        with closing(connect(section, config)) as server:
+            in_flight = server._places._value
+            found.append((server.url, server.timeout, server.retries, in_flight))
+    assert found == [("http://x", 7, 1, 9), ("http://y", 8, 2, 9)]
 
 
 @pytest.mark.parametrize(

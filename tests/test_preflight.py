@@ -45,6 +45,12 @@ def refusal(config, world=1, **how):
     return str(raised.value)
 
 
+def test_what_a_dataset_is_not_asked_for_is_idle_and_not_refused(home):
+    warnings = check(load("rollout={engine: replay, n: 1, logprobs: 3, top_p: 0.9}"), 1)
+    for name in ("logprobs", "top_p"):
+        assert f"rollout.{name}: has no effect in this config" in warnings
+
+
 def test_the_plan_counts_steps_sequences_and_tokens(home):
     plan = preflight(load("parallel.tp=2", "train.epochs=3"), world=4)
     template = len(train_tokenizer(home / "again")("<|im_start|>user\n<|im_end|>\n").input_ids)

@@ -88,6 +88,21 @@ def exported(folder, step=5):
     return load_file(folder / f"hf/step_{step:06d}/model.safetensors")
 
 
+def assert_resumes_exactly(*words) -> list:
+    """Run four steps, take the last two back, resume; return the records of the whole run."""
+    folder, words = Path("runs/one"), [*words, "train.steps=4", "run.keep=9"]
+    run(2, *words)
+    whole, weights = records(folder), exported(folder, 4)
+    for step in (3, 4):
+        shutil.rmtree(folder / f"checkpoints/step_{step:06d}")
+    shutil.rmtree(folder / "hf")
+    run(2, *words, "run.resume=true")
+    assert records(folder) == whole
+    again = exported(folder, 4)
+    assert all((again[name] == weights[name]).all() for name in weights)
+    return whole
+
+
 def test_a_run_leaves_what_it_should(home):
     run(2, "parallel.tp=2")
     folder = Path("runs/one")

@@ -11,7 +11,7 @@ import pytest
 from megatron_opd.config_file import load_config
 from megatron_opd.preflight import preflight
 from tests.rollout.needs_vllm import NEEDS_VLLM
-from tests.test_train import exported, make_home, records, run
+from tests.test_train import assert_resumes_exactly, make_home, records, run
 from tests.vllm_server import serve
 
 pytestmark = NEEDS_VLLM
@@ -57,19 +57,9 @@ def test_a_server_writes_what_the_co_located_engine_writes(servers, home):
 
 @pytest.mark.parametrize("layout", [[], ["parallel.tp=2"]], ids=["dp2", "tp2"])
 def test_one_step_ahead_is_off_policy_by_one_and_resumes_exactly(servers, home, layout):
-    words = writes(servers, "rollout.async_depth=1", "run.keep=9", *layout)
-    run(2, *words)
-    folder = Path("runs/one")
-    whole, weights = records(folder), exported(folder, 4)
+    whole = assert_resumes_exactly(*writes(servers, "rollout.async_depth=1", *layout))
     assert [r["rollout/staleness_steps"] for r in whole[1:]] == [0, 1, 1, 1]
     assert whole[1]["policy/mismatch_max"] < 1e-4 < whole[3]["policy/mismatch_max"]
-    for step in (3, 4):
-        shutil.rmtree(folder / f"checkpoints/step_{step:06d}")
-    shutil.rmtree(folder / "hf")
-    run(2, *words, "run.resume=true")
-    assert records(folder) == whole
-    again = exported(folder, 4)
-    assert all((again[name] == weights[name]).all() for name in weights)
 
 
 def test_a_server_judges_as_the_teacher_on_our_ranks(servers, home):

@@ -1,16 +1,18 @@
 """The loop with vLLM as its engine, as users run it; what preflight says of vLLM's options."""
 
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from megatron_opd import parallel as mesh
 from megatron_opd.config_file import load_config
+from megatron_opd.job import Job
 from megatron_opd.preflight import check
+from tests.distributed import run_ranks
 from tests.rollout.needs_vllm import NEEDS_VLLM
-from tests.test_train import exported, make_home, records, run
+from tests.test_train import assert_resumes_exactly, make_home, records, run
 
 VLLM = "rollout.engine=vllm"
 
@@ -57,16 +59,7 @@ def test_a_run_trains_on_what_vllm_wrote(home, world, words):
 
 @NEEDS_VLLM
 def test_a_resumed_run_draws_and_learns_what_the_uninterrupted_one_does(home):
-    folder, words = Path("runs/one"), [VLLM, "train.steps=4", "run.keep=9"]
-    run(2, *words)
-    whole, weights = records(folder), exported(folder, 4)
-    for step in (3, 4):
-        shutil.rmtree(folder / f"checkpoints/step_{step:06d}")
-    shutil.rmtree(folder / "hf")
-    run(2, *words, "run.resume=true")
-    assert records(folder) == whole
-    again = exported(folder, 4)
-    assert all((again[name] == weights[name]).all() for name in weights)
+    assert_resumes_exactly(VLLM)
 
 
 @NEEDS_VLLM
@@ -125,6 +118,25 @@ def test_networks_that_vllm_does_not_have_are_refused(home):
     del network["architectures"]
     path.write_text(json.dumps(network))
     assert "names no 'architectures', by which vLLM finds the network" in refusal(home)
+
+
+def _told(rank):
+    """What vLLM was built with, as it says itself."""
+    words = [VLLM, "parallel.tp=2", "rollout={tp: 2, batch_size: 7, max_tokens: 20}"]
+    config = load_config(["config.yaml"], [*words, "eval.max_tokens=30", "vllm.block_size=64"])
+    engine = Job(config, mesh.initialize(2)).engine
+    told = engine.llm.llm_engine.vllm_config
+    return engine.engines, [
+        told.parallel_config.tensor_parallel_size,
+        told.scheduler_config.max_num_seqs,
+        told.model_config.max_model_len,
+        told.cache_config.block_size,
+    ]
+
+
+@NEEDS_VLLM
+def test_what_vllm_is_told(home):
+    assert run_ranks(_told, 2) == [(1, [2, 7, 64 + 30, 64])] * 2
 
 
 @NEEDS_VLLM

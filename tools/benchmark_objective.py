@@ -29,6 +29,7 @@ from torch.multiprocessing.spawn import start_processes
 from megatron_opd import parallel as mesh
 from megatron_opd import platform
 from megatron_opd.loss import Objective
+from megatron_opd.tables import markdown
 from megatron_opd.types import Head, HiddenScores, Microbatch, SampledScores, TopKScores
 
 DESCRIPTION = """\
@@ -453,11 +454,8 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def table(rows: list[dict[str, Any]], absent: dict[str, str]) -> str:
     """Return an aligned Markdown table, and a line for every peer that is absent."""
-    lines = [list(COLUMNS), *map(cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    text = ["| " + " | ".join(map(str.rjust, line, widths)) + " |" for line in lines]
-    return "\n".join([*text, *(f"{name}: absent, {why}" for name, why in absent.items())])
+    text = markdown(COLUMNS, [cells(row) for row in rows])
+    return "\n".join([text, *(f"{name}: absent, {why}" for name, why in absent.items())])
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -20,6 +20,7 @@ import torch
 
 from megatron_opd.rollout import Sampling
 from megatron_opd.rollout.vllm_options import INSTALL, installed
+from megatron_opd.tables import markdown
 from megatron_opd.types import Prompt
 
 DESCRIPTION = """\
@@ -387,13 +388,10 @@ def cells(row: Row) -> list[str]:
 
 def table(rows: list[Row]) -> str:
     """Return an aligned Markdown table, and a line about what is left out."""
-    lines = [list(COLUMNS), *map(cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    text = ["| " + " | ".join(map(str.rjust, line, widths)) + " |" for line in lines]
+    text = markdown(COLUMNS, [cells(row) for row in rows])
     if not any(row.measured.startswith("GPU") for row in rows):
-        text.append("left out: the memory that sleep gives back, there is no GPU")
-    return "\n".join(text)
+        text += "\nleft out: the memory that sleep gives back, there is no GPU"
+    return text
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

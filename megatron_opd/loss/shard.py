@@ -201,7 +201,8 @@ class Ranks:
 def chunk_tokens(columns: int, itemsize: int, device: str, *, dense_gradient: bool) -> int:
     """Return how many tokens' logits may exist at once, of `columns` on a rank.
 
-    Where no gradient of all logits is to be multiplied out, they are less of the work: fewer do.
+    Fewer do where no gradient of all logits is to be multiplied out: a chunk then reads the head
+    once instead of three times.
     """
     memory = LOGITS_BYTES[device] if dense_gradient else LOGITS_BYTES[device] * 2 // 5
     return max(FEWEST_TOKENS * itemsize, memory // (columns * itemsize))

@@ -66,6 +66,10 @@ class Architecture:
     rope: Mapping[str, Any]  # rope_type, rope_theta and the parameters of the type
     dtype: torch.dtype | None  # None: the file does not say
 
+    def cache_elements(self, tp: int = 1) -> int:
+        """Return how many numbers the keys and values of one token are, on one of `tp` ranks."""
+        return 2 * self.layers * max(1, self.kv_heads // tp) * self.head_dim
+
     def inv_freq(self) -> Tensor:
         """Return the rotary inverse frequencies, fp32 `[head_dim / 2]`.
 

@@ -103,12 +103,10 @@ class VllmEngine:
         }
         if not self.cpu:
             return fields | {"enable_sleep_mode": True, "gpu_memory_utilization": 0.4}
-        arch = self.model.architecture
-        heads = max(1, arch.kv_heads // tp)
-        token = 2 * arch.layers * heads * arch.head_dim * dtype.itemsize
+        token = self.model.architecture.cache_elements(tp) * dtype.itemsize
         return fields | {
             "enforce_eager": True,
-            "worker_cls": f"{vllm_worker.__name__}.CpuWorker",
+            "worker_cls": "megatron_opd.rollout.vllm_cpu_worker.CpuWorker",
             "kv_cache_memory_bytes": max(2**26, batch_size * (max_length + 128) * token),
         }
 

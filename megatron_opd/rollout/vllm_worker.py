@@ -4,13 +4,10 @@ vLLM imports this module by name (`worker_extension_cls`), in the trainer's proc
 server's alike, and that registers the transfer engine. It wants vLLM and torch, not Megatron.
 """
 
-import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
@@ -29,7 +26,6 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 from vllm.platforms import current_platform
-from vllm.v1.worker.cpu_worker import CPUWorker
 
 BACKEND = "megatron_opd"
 
@@ -154,27 +150,6 @@ def _whole_shapes(model: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
             elif isinstance(module, LinearBase):
                 shape = module.output_size, module.input_size
             yield f"{prefix}.{kind}", shape[:1] if kind == "bias" else shape
-
-
-class CpuWorker(CPUWorker):
-    """A worker whose shared memory belongs to one job, and ends with it however it ends.
-
-    vLLM names that memory after the end of the init method, which is "env://" for every job under
-    torchrun: two on a host would share it, and what one that was killed left behind stops the next.
-    """
-
-    def __init__(self, *args, distributed_init_method: str, **kwargs):
-        told = [secrets.token_hex(8)]
-        dist.broadcast_object_list(told)
-        self.job = told[0]
-        method = f"{distributed_init_method}:{self.job}"
-        super().__init__(*args, distributed_init_method=method, **kwargs)
-
-    def init_device(self) -> None:
-        """Join the groups; by then every rank has mapped the memory, and its name can go."""
-        super().init_device()
-        for file in Path("/dev/shm").glob(f"{self.job}-*"):
-            file.unlink(missing_ok=True)
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:

@@ -5,12 +5,13 @@ import torch
 from torch.nn.functional import log_softmax
 
 from megatron_opd import parallel as mesh
-from megatron_opd.model import build_model, enter_head, forward, init_random
+from megatron_opd.model import build_model, forward, init_random
 from megatron_opd.packing import pack
 from megatron_opd.rollout import Sampling
 from megatron_opd.rollout.megatron import MegatronEngine
 from megatron_opd.types import Prompt, Rollout
 from tests.distributed import run_ranks
+from tests.rollout.student import training_logits
 from tests.tiny import VOCAB, make_prompts, qwen3
 
 
@@ -38,14 +39,10 @@ def generate(layout, sampling, **kwargs):
     return ranks[0]
 
 
-@torch.no_grad()
 def _training_logits(rollouts):
-    """Logits at every response token by the packed training forward, one process; its batch."""
+    """Logits at every response token, one process; the batch."""
     parallel = mesh.initialize()
-    model = _model(parallel)
-    (batch,) = pack(rollouts, microbatch_tokens=10_000)
-    hidden = enter_head(forward(model, batch), parallel)[batch.source_N]
-    return (hidden @ model.head(VOCAB).weight_VH.T)[:, :VOCAB], batch
+    return training_logits(_model(parallel), parallel, rollouts, VOCAB)
 
 
 def _training_top(rank, rollouts, k):

@@ -9,14 +9,14 @@ import torch
 from torch.nn.functional import log_softmax
 
 from megatron_opd import parallel as mesh
-from megatron_opd.model import build_model, enter_head, export_hf, forward, load_hf
+from megatron_opd.model import build_model, export_hf, load_hf
 from megatron_opd.model.hf_map import manifest
 from megatron_opd.model.weights import exported
-from megatron_opd.packing import pack
 from megatron_opd.rollout import Sampling
 from tests.distributed import run_ranks
 from tests.hf import write_checkpoint
 from tests.rollout.needs_vllm import NEEDS_VLLM
+from tests.rollout.student import training_logits
 from tests.tiny import make_prompts
 from tests.tokenizers import train_tokenizer
 
@@ -72,14 +72,10 @@ def _before_and_after(rank, layout, tp, folders, how):
     return found
 
 
-@torch.no_grad()
 def _student(rank, folder, rollouts):
     """What the student itself says of the rollouts: log-probs of their tokens, and its logits."""
     parallel = mesh.initialize()
-    model = _model(folder, parallel)
-    (batch,) = pack(rollouts, microbatch_tokens=10_000)
-    hidden = enter_head(forward(model, batch), parallel)[batch.source_N]
-    logits = (hidden @ model.head(VOCAB).weight_VH.T)[:, :VOCAB]
+    logits, batch = training_logits(_model(folder, parallel), parallel, rollouts, VOCAB)
     logp = log_softmax(logits / SAMPLING.temperature, -1)
     top = logp.gather(-1, batch.rollout_ids_NK), logp.topk(SAMPLING.top_ids).values
     return logp.gather(1, batch.target_N[:, None])[:, 0], batch.rollout_logp_N, *top

@@ -9,13 +9,13 @@ import torch
 from torch.nn.functional import log_softmax
 
 from megatron_opd import parallel as mesh
-from megatron_opd.model import build_model, enter_head, forward, load_hf
-from megatron_opd.packing import pack
+from megatron_opd.model import build_model, load_hf
 from megatron_opd.rollout import Sampling
 from megatron_opd.rollout.server import Server
 from megatron_opd.rollout.vllm_server import ServerEngine
 from tests.distributed import run_ranks
 from tests.rollout.needs_vllm import NEEDS_VLLM
+from tests.rollout.student import training_logits
 from tests.tiny import make_prompts
 from tests.vllm_server import LONGEST, VOCAB, checkpoint, start, vllm_server
 
@@ -49,15 +49,12 @@ def _write_twice(rank, url, folders, layout, bucket_bytes):
     return written
 
 
-@torch.no_grad()
 def _trained(rank, folder, rollouts):
     """Return log-probabilities of the training forward at every response token, [N, V]."""
     parallel = mesh.initialize()
     model = build_model(folder, parallel, dtype=torch.float32, seed=None)
     load_hf(model, folder, parallel, vocab_size=VOCAB)
-    (batch,) = pack(rollouts, microbatch_tokens=10_000)
-    hidden = enter_head(forward(model, batch), parallel)[batch.source_N]
-    logits = (hidden @ model.head(VOCAB).weight_VH.T)[:, :VOCAB]
+    logits, batch = training_logits(model, parallel, rollouts, VOCAB)
     return log_softmax(logits / SAMPLING.temperature, -1), batch
 
 
