@@ -91,8 +91,8 @@ class Data(Section):
 
     prompts: Annotated[tuple[str, ...], Field(min_length=1)]
     """Parquet or JSON-lines files, read one after the other as one list."""
-    template: Literal["chat", "none"] = "chat"
-    """Render prompts with the tokenizer's chat template (chat), or take the text as is (none)."""
+    chat_template: Literal["tokenizer", "none"] = "tokenizer"
+    """Render prompts with the chat template of the tokenizer, or take the text as is (none)."""
     chat_template_kwargs: dict[str, Any] = {}
     """Variables for the chat template, for example {enable_thinking: false}."""
     max_prompt_tokens: Positive = 1024
@@ -455,7 +455,7 @@ def cautions(c: Config) -> list[str]:
     replay, graded = c.rollout.engine == "replay", bool(c.eval.prompts)
     defaults = {name: kind.model_fields for name, kind in sections().items()}
     idle = [
-        (c.data.template == "none", "data", ("chat_template_kwargs",)),
+        (c.data.chat_template == "none", "data", ("chat_template_kwargs",)),
         (replay, "rollout", ("temperature", "top_p", "top_k", "logprobs")),
         (replay and not graded, "rollout", ("stop_token_ids", "batch_size")),
         (c.rollout.correction in ("none", "tis"), "rollout", ("correction_low",)),

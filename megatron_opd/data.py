@@ -49,7 +49,7 @@ def load_prompts(
         return []
     # a template writes its special tokens itself; plain text gets what the tokenizer adds (BOS)
     tokens = tokenizer(
-        [row.text for row in rows], add_special_tokens=data.template == "none", verbose=False
+        [row.text for row in rows], add_special_tokens=data.chat_template == "none", verbose=False
     )["input_ids"]
     prompts = []
     for index, (row, ids) in enumerate(zip(rows, tokens, strict=True)):
@@ -88,12 +88,12 @@ class _Row:
 
 
 def _check_template(data: Any, tokenizer: Any) -> None:
-    if data.template == "none":
+    if data.chat_template == "none":
         return
     if not tokenizer.chat_template:
         raise ValueError(
-            f"data.template: got 'chat', but the tokenizer of '{tokenizer.name_or_path}' has no "
-            "chat template; set data.template=none"
+            f"data.chat_template: got 'tokenizer', but the tokenizer of '{tokenizer.name_or_path}' has no "
+            "chat template; set data.chat_template=none"
         )
     for name in data.chat_template_kwargs:
         # Jinja ignores a variable that it does not know
@@ -174,10 +174,10 @@ def _messages(data: Any, where: str, columns: dict[str, Any]) -> tuple[list[dict
 
 
 def _render(data: Any, tokenizer: Any, where: str, messages: list[dict]) -> str:
-    if data.template == "none":
+    if data.chat_template == "none":
         if len(messages) != 1:
             raise ValueError(
-                f"{where}: {len(messages)} messages, but data.template=none takes the text of one"
+                f"{where}: {len(messages)} messages, but data.chat_template=none takes the text of one"
             )
         return messages[0]["content"]
     try:

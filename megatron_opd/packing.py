@@ -120,6 +120,7 @@ def _build(rollouts: list[Rollout], multiple: int, fraction: float, seed: int) -
     measured_N = np.concatenate([_measured(r, fraction, seed) for r in rollouts])
     target_N = np.concatenate([np.array(r.response_ids, np.int64) for r in rollouts])
     logp_N = np.concatenate([np.array(r.logp, np.float32) for r in rollouts])
+    scored = all(r.reward is not None for r in rollouts)
     return Microbatch(
         token_T=torch.from_numpy(np.concatenate(tokens)),
         position_T=torch.from_numpy(_count_up(length_S)),
@@ -133,7 +134,20 @@ def _build(rollouts: list[Rollout], multiple: int, fraction: float, seed: int) -
         sequence_N=torch.from_numpy(np.repeat(np.arange(len(rollouts)), response_S)),
         measured_M=torch.from_numpy(np.flatnonzero(measured_N)),
         rollout_ids_NK=_top_ids(rollouts),
+        drawn_N=_each(rollouts, response_S, "drawn", unless=all(r.drawn for r in rollouts)),
+        reward_N=_each(rollouts, response_S, "reward", unless=not scored),
+        advantage_N=_each(rollouts, response_S, "advantage", unless=not scored),
     )
+
+
+def _each(
+    rollouts: list[Rollout], response_S: np.ndarray, name: str, *, unless: bool
+) -> torch.Tensor | None:
+    """Return what is known of each rollout at each of its tokens."""
+    if unless:
+        return None
+    value_S = np.array([getattr(r, name) for r in rollouts], np.float32)
+    return torch.from_numpy(np.repeat(value_S, response_S))
 
 
 def _joined(rollout: Rollout) -> np.ndarray:

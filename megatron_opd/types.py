@@ -23,6 +23,11 @@ class Prompt:
     source: str = ""  # data_source column, or the file's name
     answer: str | None = None  # ground truth, for rewards
     response: str | None = None  # a response from the dataset, for the replay engine
+    reward: float | None = None  # of that response, where the dataset says it
+    question: str = ""  # the last message of the user, before templates
+    copy: int = 0  # 0, 1, … where a step has the same prompt several times: its samples differ
+    teacher: str = ""  # which of several teachers judges it
+    teacher_token_ids: tuple[int, ...] | None = None  # what it reads instead; None: the same prompt
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Rollout:
     """
 
     prompt: Prompt
-    sample: int  # 0 … n-1 within the prompt's group
+    sample: int  # 0, 1, … within the prompt's group
     response_ids: tuple[int, ...]
     logp: tuple[float, ...]
     finish: Literal["stop", "length"]
@@ -45,6 +50,9 @@ class Rollout:
     """[T, k] fp32: their log-probabilities, in nats, where the engine says them."""
     version: int = 0  # of the student's weights that wrote it; 0: of those of the moment
     masked: bool = False  # generated and packed, but not supervised
+    drawn: bool = True  # by an engine, at `logp`; False: the dataset's own response
+    reward: float | None = None  # None: nobody scored it
+    advantage: float = 0.0  # of the reward over those of the prompt's other responses
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,9 @@ class Microbatch:
     sequence_N: Tensor  # [N] int64, the sequence of the target
     measured_M: Tensor  # [M] int64, ascending: the targets that metrics look at; on the host
     rollout_ids_NK: Tensor | None = None  # [N, K] int64, the engine's top ids
+    drawn_N: Tensor | None = None  # [N] fp32: 1 drawn by the engine, 0 not; None: all were
+    reward_N: Tensor | None = None  # [N] fp32, of the response; None: nobody scored them
+    advantage_N: Tensor | None = None  # [N] fp32, of the response, or of the token itself
 
     def to(self, device: torch.device) -> "Microbatch":
         """Return the same microbatch with every tensor but `measured_M` on `device`."""

@@ -308,7 +308,7 @@ def test_values_that_agree(load, overrides):
             ["objective.k: has no effect"],
         ),
         (
-            ["data.template=none", "data.chat_template_kwargs={a: 1}"],
+            ["data.chat_template=none", "data.chat_template_kwargs={a: 1}"],
             ["data.chat_template_kwargs: has no effect"],
         ),
     ],

@@ -102,11 +102,11 @@ def test_keys_enter_nested_columns(tmp_path, tokenizer):
 def test_without_a_template_the_text_is_the_prompt(tmp_path):
     tokenizer = train_tokenizer(tmp_path, chat=False)
     file = write(tmp_path / "a.jsonl", [{"prompt": "<|im_start|>2+2="}])
-    (prompt,) = load_prompts(section(file, template="none"), tokenizer)
+    (prompt,) = load_prompts(section(file, chat_template="none"), tokenizer)
     assert prompt.text == "<|im_start|>2+2=" == tokenizer.decode(list(prompt.token_ids))
     assert prompt.token_ids[0] == 1 and len(prompt.token_ids) == 5
     line = load_line(section(file), tokenizer)
-    assert "has no chat template; set data.template=none" in line
+    assert "has no chat template; set data.chat_template=none" in line
 
 
 def test_a_beginning_token_is_added_to_plain_text_and_not_to_a_template(tmp_path):
@@ -115,7 +115,7 @@ def test_a_beginning_token_is_added_to_plain_text_and_not_to_a_template(tmp_path
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
     file = write(tmp_path / "a.jsonl", [{"prompt": "q"}])
-    (plain,) = load_prompts(section(file, template="none"), tokenizer)
+    (plain,) = load_prompts(section(file, chat_template="none"), tokenizer)
     (chat,) = load_prompts(section(file), tokenizer)
     assert plain.token_ids[0] == 0 and len(plain.token_ids) == 2
     assert chat.token_ids[0] == 1 and 0 not in chat.token_ids

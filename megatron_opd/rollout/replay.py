@@ -44,4 +44,6 @@ class ReplayEngine:
             response_ids=kept,
             logp=(0.0,) * len(kept),
             finish="stop" if len(kept) == len(ids) else "length",
+            drawn=False,
+            reward=prompt.reward,
         )

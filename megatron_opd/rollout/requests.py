@@ -19,7 +19,7 @@ class Request:
     """One response to be written."""
 
     prompt: Prompt
-    sample: int  # 0 … n-1 within the prompt's group
+    sample: int  # 0, 1, … within the prompt's group
     seed: int  # of all its randomness
 
 
@@ -28,7 +28,7 @@ def make_requests(prompts: list[Prompt], n: int, seed: int) -> list[Request]:
     return [
         Request(prompt, sample, request_seed(seed, prompt.index, sample))
         for prompt in prompts
-        for sample in range(n)
+        for sample in range(prompt.copy * n, prompt.copy * n + n)
     ]
 
 
