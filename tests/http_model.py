@@ -51,7 +51,9 @@ class HttpModel:
 
             def do_POST(self):
                 length = int(self.headers.get("content-length", 0))
-                self._answer(json.loads(self.rfile.read(length) or "null"))
+                body = self.rfile.read(length)
+                if len(body) == length:  # else the client has gone: nothing was asked
+                    self._answer(json.loads(body or "null"))
 
             def _answer(self, body):
                 reply = model.reply(self.path.partition("?")[0], body)

@@ -158,7 +158,8 @@ def _assert_fatal(model, reason, attempts, **how):
         _generate(_client(model.url, **how))
     line = str(caught.value)
     assert line.startswith(f"{model.url}{GENERATE}: ") and f"asked {attempts} times" in line
-    assert "\n" not in line and max(model.counts.values()) == attempts
+    # what a client gave up asking may not have come
+    assert "\n" not in line and max(model.counts.values()) <= attempts
 
 
 @pytest.mark.parametrize(
@@ -178,6 +179,7 @@ def _assert_fatal(model, reason, attempts, **how):
 def test_what_is_no_answer_at_all(reply, reason, attempts):
     with HttpModel(lambda *_: reply) as model:
         _assert_fatal(model, reason, attempts)
+        assert max(model.counts.values()) == attempts
     if attempts > 1:
         with HttpModel(lambda path, count, right: reply if count < 3 else right) as model:
             _assert_right(_generate(_client(model.url)))
