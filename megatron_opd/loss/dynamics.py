@@ -4,6 +4,8 @@ Names are `group/name`; the equations are those of "Rethinking On-Policy Distill
 Shape suffixes: N tokens of a view · K = k · B buckets of positions.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -81,6 +83,46 @@ def _extreme_gap(s_NK: Tensor, t_NK: Tensor) -> Tensor:
     advantage_NK = s_NK.softmax(-1) * (s_NK - t_NK)
     extreme_N1 = advantage_NK.abs().argmax(-1, keepdim=True)
     return (s_NK.exp() - t_NK.exp()).gather(-1, extreme_N1)[:, 0]
+
+
+def parts(view: View) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Measure the parts of the two top-k sets as the authors' code does; yield (means, entries).
+
+    A mean of a token counts as often as it has entries, [N]: rewards are of all entries alike, and
+    what is said of the overlap is of the tokens that have one. The reward of an entry is
+    r = p̄ (log q − log p), with p and q over the vocabulary and p̄ renormalised on the student's top
+    k; on the union for what only the teacher has. (Eq. 7 renormalises all on the overlap.)
+    """
+    (s_NK, other_s_NK), (t_NK, other_t_NK) = view.on_top
+    shared_NK, new_NK = view.shared_NK, ~among(*reversed(view.top_ids))
+    new_s_NK = other_s_NK.masked_fill(~new_NK, -torch.inf)
+    union_N = torch.logaddexp(s_NK.logsumexp(-1), new_s_NK.logsumexp(-1))
+    reward_NK = s_NK.softmax(-1) * (t_NK - s_NK)
+    other_reward_NK = (other_s_NK - union_N[:, None]).exp() * (other_t_NK - other_s_NK)
+    for name, of_NK, part_NK in (
+        ("overlap_reward", reward_NK, shared_NK),
+        ("student_only_reward", reward_NK, ~shared_NK),
+        ("teacher_only_reward", other_reward_NK, new_NK),
+    ):
+        entries_N = part_NK.sum(-1)
+        mean_N = torch.where(part_NK, of_NK, 0).sum(-1) / entries_N.clamp(min=1)
+        yield {f"distill/{name}": mean_N}, entries_N
+    yield _of_overlap(torch.stack([reward_NK, s_NK.exp(), t_NK.exp()]), shared_NK)
+
+
+def _of_overlap(seen_3NK: Tensor, shared_NK: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Return its masses, and reward, p and q of its entries of highest and of lowest reward."""
+    _, student_N, teacher_N = torch.where(shared_NK, seen_3NK, 0).sum(-1)
+    means = {
+        "distill/overlap_mass_student_nonempty": student_N,
+        "distill/overlap_mass_teacher_nonempty": teacher_N,
+    }
+    for which, sign in (("max", 1), ("min", -1)):
+        rank_NK = (sign * seen_3NK[0]).masked_fill(~shared_NK, -torch.inf)
+        found_3N1 = seen_3NK.take_along_dim(rank_NK.argmax(-1)[None, :, None], dim=-1)
+        names = (f"distill/{which}_reward{suffix}" for suffix in ("", "_p", "_q"))
+        means |= zip(names, found_3N1[..., 0], strict=True)
+    return means, shared_NK.any(-1)
 
 
 def policy(view: View) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -47,6 +47,115 @@ def test_empty_overlap_contributes_zero_and_is_counted():
     is_close(got, overlap_mass_student=0, overlap_mass_teacher=0)
 
 
+def test_rewards_are_of_the_vocabulary_and_weighed_on_the_top_k():
+    """{0, 1} and {1, 2}: p̄ = 4/7, 3/7; for what only the teacher has, .4, .3, .2 out of .9."""
+    got = measure([0.4, 0.3, 0.2, 0.1], [0.1, 0.6, 0.25, 0.05])
+    is_close(got, overlap_reward=3 / 7 * math.log(2), student_only_reward=4 / 7 * math.log(1 / 4))
+    is_close(got, teacher_only_reward=2 / 9 * math.log(0.25 / 0.2))
+    for which in ("max", "min"):
+        shared = {f"{which}_reward": 3 / 7 * math.log(2), f"{which}_reward_p": 0.3}
+        is_close(got, **shared, **{f"{which}_reward_q": 0.6})
+
+
+def test_extremes_are_of_the_overlap():
+    """{0, 1, 2} and {0, 1, 3}; entry 2 has the lowest reward of all, but the student has it alone.
+
+    p̄ = 4, 3, 2 of 9; q/p = 3/2, 2/3, 1/20.
+    """
+    got = measure([0.4, 0.3, 0.2, 0.1], [0.6, 0.2, 0.01, 0.19], k=3)
+    is_close(got, max_reward=4 / 9 * math.log(3 / 2), max_reward_p=0.4, max_reward_q=0.6)
+    is_close(got, min_reward=3 / 9 * math.log(2 / 3), min_reward_p=0.3, min_reward_q=0.2)
+    is_close(got, student_only_reward=2 / 9 * math.log(1 / 20))
+    assert got["student_only_reward"] < got["min_reward"]
+
+
+def judge_rows(student, teacher, **options):
+    """Return (total, count) of the metrics of several tokens, given as probabilities."""
+    rows = [torch.tensor(x, dtype=torch.float64).log() for x in (student, teacher)]
+    return judge(logits_problem(*rows), Objective(**{"support": "full", "k": 2, **options}))[
+        "means"
+    ]
+
+
+def test_means_of_entries_are_no_means_of_tokens():
+    """Overlaps of two, one and no entries: r = ¾·log ⅔, ¼·log 2; 3/7·log 2; nothing."""
+    student = [[0.6, 0.2, 0.1, 0.1], [0.4, 0.3, 0.2, 0.1], [0.4, 0.3, 0.2, 0.1]]
+    teacher = [[0.4, 0.4, 0.1, 0.1], [0.1, 0.6, 0.25, 0.05], [0.1, 0.2, 0.3, 0.4]]
+    got = judge_rows(student, teacher)
+    total = 3 / 4 * math.log(2 / 3) + (1 / 4 + 3 / 7) * math.log(2)
+    wanted = {
+        "overlap_reward": (total, 3),
+        "overlap_mass_student_nonempty": (0.8 + 0.3, 2),
+        "overlap_mass_teacher_nonempty": (0.8 + 0.6, 2),
+        "overlap_mass_student": (0.8 + 0.3, 3),
+        "max_reward_p": (0.2 + 0.3, 2),
+        "min_reward_p": (0.6 + 0.3, 2),
+    }
+    for name, pair in wanted.items():
+        assert tuple(map(float, got[f"distill/{name}"])) == pytest.approx(pair, rel=1e-12), name
+    assert int(got["distill/student_only_reward"][1]) == 3
+    assert int(got["distill/teacher_only_reward"][1]) == 3
+
+
+def test_parts_that_are_empty_are_means_over_nothing():
+    far = judge_rows([[0.4, 0.3, 0.2, 0.1]], [[0.1, 0.2, 0.3, 0.4]])
+    for name in ("overlap_reward", "overlap_mass_student_nonempty", "max_reward", "min_reward_q"):
+        assert tuple(map(float, far[f"distill/{name}"])) == (0, 0), name
+    same = judge_rows([[0.4, 0.3, 0.2, 0.1]], [[0.3, 0.4, 0.2, 0.1]])
+    for name in ("student_only_reward", "teacher_only_reward"):
+        assert tuple(map(float, same[f"distill/{name}"])) == (0, 0), name
+
+
+def dense_parts(problem, k):
+    """Return the same from sets of ids and the whole table of logits, token by token."""
+    logp, logq = (m.logits().log_softmax(-1).tolist() for m in (problem.student, problem.teacher))
+    found = {}
+
+    def add(name, value):
+        found.setdefault(f"distill/{name}", []).append(value)
+
+    for s, t, supervised in zip(logp, logq, problem.mask.tolist(), strict=True):
+        best_s, best_t = (sorted(range(len(x)), key=x.__getitem__)[-k:] for x in (s, t))
+        shared = set(best_s) & set(best_t)
+        if not supervised:
+            continue
+
+        def reward(i, support, s=s, t=t):
+            return math.exp(s[i]) / sum(math.exp(s[j]) for j in support) * (t[i] - s[i])
+
+        parts = {i: reward(i, best_s) for i in best_s}
+        for i in best_s:
+            add("overlap_reward" if i in shared else "student_only_reward", parts[i])
+        for i in set(best_t) - shared:
+            add("teacher_only_reward", reward(i, set(best_s) | set(best_t)))
+        if shared:
+            add("overlap_mass_student_nonempty", sum(math.exp(s[i]) for i in shared))
+            add("overlap_mass_teacher_nonempty", sum(math.exp(t[i]) for i in shared))
+            for which, choose in (("max", max), ("min", min)):
+                i = choose(shared, key=parts.__getitem__)
+                add(f"{which}_reward", parts[i])
+                add(f"{which}_reward_p", math.exp(s[i]))
+                add(f"{which}_reward_q", math.exp(t[i]))
+    return {name: (sum(values), len(values)) for name, values in found.items()}
+
+
+def parts_on_a_rank(rank, problem, widths):
+    return judge(problem, Objective(k=4), rank=rank, widths=widths, group=dist.group.WORLD)["means"]
+
+
+def test_parts_agree_with_sets_of_ids_at_every_tensor_parallel_size():
+    problem = make_problem(lengths=(9, 7, 2))
+    dense = dense_parts(problem, 4)
+    assert len(dense) == 11
+    assert 0 < dense["distill/max_reward"][1] < problem.mask.sum()  # one overlap is empty
+    answers = [judge(problem, Objective(k=4))["means"]]
+    answers += run_ranks(parts_on_a_rank, 2, problem, (7, 7))
+    answers += run_ranks(parts_on_a_rank, 4, problem, (4, 4))
+    for got in answers:
+        for name, pair in dense.items():
+            assert tuple(map(float, got[name])) == pytest.approx(pair, rel=1e-9), name
+
+
 def test_full_overlap_and_support_kl():
     got = measure([0.6, 0.2, 0.1, 0.1], [0.4, 0.4, 0.1, 0.1])  # {0, 1} both; ¾, ¼ against ½, ½
     kl = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
@@ -202,6 +311,12 @@ def test_buckets_of_positions_share_out_the_tokens():
         parts = [got["means"][f"{name}@{first}"] for first in (0, 2)]
         assert [int(part[1]) for part in parts] == [3, 3] and int(count) == 6
         torch.testing.assert_close(sum(part[0] for part in parts), total)
+    entries = torch.zeros(2)  # every entry of the student's top k is the overlap's or its alone
+    for name in ("distill/overlap_reward", "distill/student_only_reward"):
+        parts = [got["means"][f"{name}@{first}"] for first in (0, 2)]
+        torch.testing.assert_close(sum(part[0] for part in parts), got["means"][name][0])
+        entries += torch.tensor([part[1] for part in parts])
+    assert entries.tolist() == [3 * 4, 3 * 4]
 
 
 def test_a_token_without_supervision_is_in_no_metric():
