@@ -1,20 +1,16 @@
-"""Prompt files → chat template → tokens → a stream that resumes where it stopped."""
+"""Prompt files → templates → tokens; and whether two tokenizers are one."""
 
-import hashlib
-import json
 import logging
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jinja2
-import numpy as np
-import pyarrow
-import pyarrow.parquet
 
+from megatron_opd import templates
+from megatron_opd.context import Context
+from megatron_opd.rows import Row, check_ids, read_rows
 from megatron_opd.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -28,39 +24,86 @@ def load_prompts(
     require: Sequence[str] = (),
     warn: Callable[[str], None] = log.warning,
 ) -> list[Prompt]:
-    """Read, render and tokenise the prompts of `files` (default: those of the data section).
+    """Return the prompts of `load_sources` as one list."""
+    sources = load_sources(data, tokenizer, files, require=require, warn=warn)
+    return [prompt for source in sources for prompt in source]
+
+
+def load_sources(
+    data: Any,
+    tokenizer: Any,
+    files: Sequence[str] | None = None,
+    *,
+    require: Sequence[str] = (),
+    teachers: Collection[str] = (),
+    contexts: Mapping[str, Context] | None = None,
+    warn: Callable[[str], None] = log.warning,
+) -> list[list[Prompt]]:
+    """Read, render and tokenise the prompts of each of `files`; None: those of the data section.
 
     A row's prompt is a string or a list of {role, content}; without one, its `messages` are taken,
     and a last message by the assistant is its response. `require` names what every row must have:
-    "answer", "response". Prompts that are dropped for their length are counted in a line to
-    `warn`.
+    "answer", "response"; `teachers`, the names that its teacher column may have (none: there is at
+    most one teacher, and no such column). `contexts` tells by these names, "" where there are none,
+    which teachers read something else than the student, and what. Prompts that are dropped for
+    their length are counted in a line to `warn`.
 
     Raises:
-        ValueError: a file is missing, empty or malformed; a row lacks something; a prompt is longer
-            than `max_prompt_tokens`; the tokenizer has no chat template.
+        ValueError: a file is missing, empty or malformed; a row lacks something, or has a value of
+            the wrong type; a prompt is longer than `max_prompt_tokens`; there is no such template;
+            a teacher judges no row.
     """
-    _check_template(data, tokenizer)
-    rows = [
-        _row(data, tokenizer, file, number, columns)
-        for file in (data.prompts if files is None else files)
-        for number, columns in enumerate(_read(file))
-    ]
+    words, chat = templates.read(data.template, key="data.template"), _chat(data, tokenizer)
+    paths: Sequence[str] = data.prompts if files is None else files
+    rows_of = [read_rows(data, path, teachers=teachers or None) for path in paths]
+    for of_one in rows_of:
+        check_ids(data, of_one)
+    rows = [row for of_one in rows_of for row in of_one]
     if not rows:  # of no files
         return []
-    # a template writes its special tokens itself; plain text gets what the tokenizer adds (BOS)
-    tokens = tokenizer(
-        [row.text for row in rows], add_special_tokens=data.chat_template == "none", verbose=False
-    )["input_ids"]
-    prompts = []
-    for index, (row, ids) in enumerate(zip(rows, tokens, strict=True)):
-        prompt = Prompt(index, tuple(ids), row.text, row.source, row.answer, row.response)
-        missing = [name for name in require if getattr(prompt, name) is None]
-        if missing:
-            raise ValueError(
-                f"{row.where}: no {missing[0]}; set data.{missing[0]}_key to the column that has it"
-            )
-        prompts.append(prompt)
-    return _short_enough(data, rows, prompts, warn)
+    for row in rows:
+        _check_required(row, require)
+    if teachers:
+        _check_teachers(data, rows, teachers)
+    asked = [(row, _reworded(data, words, row)) for row in rows]
+    texts, tokens = _encode(data, tokenizer, chat, asked)
+    prompts = [
+        _prompt(index, row, text, ids, row.teacher if teachers else "")
+        for index, (row, text, ids) in enumerate(zip(rows, texts, tokens, strict=True))
+    ]
+    prompts = _short_enough(data, rows, prompts, warn)
+    for name, context in (contexts or {}).items():
+        if chat is not None and context.variables:
+            _check_variables(data, tokenizer, chat, context.variables, context.key)
+        judged = [prompt for prompt in prompts if prompt.teacher == name]
+        told = [(rows[p.index], context.exchange(*asked[p.index])) for p in judged]
+        _, tokens = _encode(data, tokenizer, chat, told, context)
+        judged = [
+            replace(prompt, teacher_token_ids=tuple(ids))
+            for prompt, ids in zip(judged, tokens, strict=True)
+        ]
+        others = [prompt for prompt in prompts if prompt.teacher != name]
+        prompts = [*others, *_short_enough(data, rows, judged, warn, context)]
+    file_of = [number for number, of_one in enumerate(rows_of) for _ in of_one]
+    sources: list[list[Prompt]] = [[] for _ in paths]
+    for prompt in sorted(prompts, key=lambda prompt: prompt.index):
+        sources[file_of[prompt.index]].append(prompt)
+    return sources
+
+
+def _prompt(index: int, row: Row, text: str, token_ids: Sequence[int], teacher: str) -> Prompt:
+    asked = templates.asked(row.messages)
+    return Prompt(
+        index=index,
+        token_ids=tuple(token_ids),
+        text=text,
+        source=row.source,
+        answer=row.answer,
+        response=row.response,
+        reward=row.reward,
+        question="" if asked is None else templates.bare(row.messages[asked]["content"]),
+        teacher=teacher,
+    )
 
 
 def encode_response(tokenizer: Any, text: str) -> tuple[int, ...]:
@@ -76,148 +119,150 @@ def encode_response(tokenizer: Any, text: str) -> tuple[int, ...]:
     return ids if ids[-1:] == (end,) else (*ids, end)
 
 
-@dataclass(frozen=True)
-class _Row:
-    """What a file says about one prompt, before tokens."""
+def _chat(data: Any, tokenizer: Any) -> str | None:
+    """Return the Jinja text that renders conversations; None: the text of a prompt is taken as is.
 
-    where: str  # file and row, for messages
-    source: str
-    text: str  # rendered
-    answer: str | None
-    response: str | None
-
-
-def _check_template(data: Any, tokenizer: Any) -> None:
-    if data.chat_template == "none":
-        return
-    if not tokenizer.chat_template:
+    Raises:
+        ValueError: there is none of that name, or it does not know a variable that is set.
+    """
+    name = data.chat_template
+    if name == "none":
+        return None
+    if name == "tokenizer" and not tokenizer.chat_template:
         raise ValueError(
-            f"data.chat_template: got 'tokenizer', but the tokenizer of '{tokenizer.name_or_path}' has no "
-            "chat template; set data.chat_template=none"
+            f"data.chat_template: got 'tokenizer', but the tokenizer of '{tokenizer.name_or_path}' "
+            "has no chat template; set data.chat_template=none, or to a Jinja file"
         )
-    for name in data.chat_template_kwargs:
-        # Jinja ignores a variable that it does not know
-        if not re.search(rf"\b{re.escape(name)}\b", tokenizer.get_chat_template()):
+    if name == "tokenizer":
+        text = tokenizer.get_chat_template()
+    else:
+        text = templates.read_file(name, "data.chat_template", "tokenizer, none, or a Jinja file")
+    _check_variables(data, tokenizer, text, data.chat_template_kwargs)
+    return text
+
+
+def _check_variables(
+    data: Any, tokenizer: Any, text: str, variables: Mapping[str, Any], key: str = "data"
+) -> None:
+    """Refuse variables that the chat template does not know: Jinja would ignore them."""
+    for variable in variables:
+        if not re.search(rf"\b{re.escape(variable)}\b", text):
+            name = data.chat_template
+            of = f"of '{tokenizer.name_or_path}'" if name == "tokenizer" else f"'{name}'"
             raise ValueError(
-                f"data.chat_template_kwargs.{name}: the chat template of "
-                f"'{tokenizer.name_or_path}' has no such variable"
+                f"{key}.chat_template_kwargs.{variable}: the chat template {of} has no such "
+                "variable"
             )
 
 
-def _read(file: str) -> list[dict[str, Any]]:
-    """Return the rows of one file."""
-    path = Path(file)
-    if path.suffix not in (".parquet", ".jsonl"):
-        raise ValueError(f"{file}: got '{path.suffix}', expected a .parquet or .jsonl file")
-    if not path.is_file():
-        raise ValueError(f"{file}: no such file")
-    rows = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
-    if not rows:
-        raise ValueError(f"{file}: empty, expected at least one row")
-    return rows
-
-
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a parquet file: {str(error).splitlines()[0]}") from None
-
-
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    with path.open() as lines:
-        for number, line in enumerate(lines):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, row {number}: not JSON: {error.msg}") from None
-            if not isinstance(rows[-1], dict):
-                raise ValueError(f"{path}, row {number}: expected an object with named columns")
-    return rows
-
-
-def _row(data: Any, tokenizer: Any, file: str, number: int, columns: dict[str, Any]) -> _Row:
-    where = f"{file}, row {number}"
-    messages, response = _messages(data, where, columns)
-    answer = _text(columns, data.answer_key)
-    return _Row(
-        where=where,
-        source=_text(columns, "data_source") or Path(file).stem,
-        text=_render(data, tokenizer, where, messages),
-        answer=_text(columns, "reward_model.ground_truth") if answer is None else answer,
-        response=_text(columns, data.response_key) or response,
-    )
-
-
-def _messages(data: Any, where: str, columns: dict[str, Any]) -> tuple[list[dict], str | None]:
-    """Return the conversation up to the student's turn, and the response that follows it."""
-    found = _lookup(columns, data.prompt_key)
-    messages = _lookup(columns, "messages") if found is None else found
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role")
-        for m in messages
-    ):
+def _reworded(data: Any, words: str, row: Row) -> list[dict[str, Any]]:
+    """Return a row's messages, the last one by the user in the words that the config wants."""
+    if data.template == "none":
+        return row.messages
+    if templates.asked(row.messages) is None:
         raise ValueError(
-            f"{where}: data.prompt_key='{data.prompt_key}' gives {str(messages)[:40]!r}, expected "
-            f"a string or a list of {{role, content}}; columns: {', '.join(columns)}"
+            f"{row.where}: no message by the user, but data.template={data.template} goes around it"
         )
-    response = None
-    if messages and messages[-1]["role"] == "assistant":
-        *messages, last = messages
-        response = last["content"]
-    if not messages:
-        raise ValueError(f"{where}: no message that the student could answer")
-    return messages, response
+    return templates.reword(row.messages, words)
 
 
-def _render(data: Any, tokenizer: Any, where: str, messages: list[dict]) -> str:
-    if data.chat_template == "none":
+def _encode(
+    data: Any,
+    tokenizer: Any,
+    chat: str | None,
+    conversations: Sequence[tuple[Row, list[dict[str, Any]]]],
+    context: Context | None = None,
+) -> tuple[list[str], list[list[int]]]:
+    """Return the text and the tokens of conversations, as a teacher's `context` renders them."""
+    variables = data.chat_template_kwargs
+    if context is not None and context.variables is not None:
+        variables = context.variables
+    if not conversations:
+        return [], []
+    texts = [_render(tokenizer, chat, variables, *of_one) for of_one in conversations]
+    # a template writes its special tokens itself; plain text gets what the tokenizer adds (BOS)
+    return texts, tokenizer(texts, add_special_tokens=chat is None, verbose=False)["input_ids"]
+
+
+def _render(
+    tokenizer: Any,
+    chat: str | None,
+    variables: Mapping[str, Any],
+    row: Row,
+    messages: list[dict[str, Any]],
+) -> str:
+    if chat is None:
         if len(messages) != 1:
             raise ValueError(
-                f"{where}: {len(messages)} messages, but data.chat_template=none takes the text of one"
+                f"{row.where}: {len(messages)} messages, but data.chat_template=none takes the "
+                "text of one"
             )
         return messages[0]["content"]
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **data.chat_template_kwargs
+            messages,
+            chat_template=chat,
+            tokenize=False,
+            add_generation_prompt=True,
+            **variables,
         )
     except jinja2.TemplateError as error:
-        raise ValueError(f"{where}: the chat template refuses it: {error}") from None
+        raise ValueError(f"{row.where}: the chat template refuses it: {error}") from None
 
 
-def _text(columns: dict[str, Any], key: str) -> str | None:
-    value = _lookup(columns, key)
-    return None if value is None else str(value)
+def _check_required(row: Row, require: Sequence[str]) -> None:
+    for name in require:
+        if getattr(row, name) is None:
+            raise ValueError(
+                f"{row.where}: no {name}; set data.{name}_key to the column that has it"
+            )
 
 
-def _lookup(columns: Any, key: str) -> Any:
-    """Return the column of that name, or enter nested columns at the dots; None where absent."""
-    if key in columns:
-        return columns[key]
-    for name in key.split("."):
-        columns = columns.get(name) if isinstance(columns, dict) else None
-    return columns
+def _check_teachers(data: Any, rows: Sequence[Row], teachers: Collection[str]) -> None:
+    """Check that each row has a teacher, and each teacher a row."""
+    known = ", ".join(teachers)
+    for row in rows:
+        if not row.teacher:
+            raise ValueError(
+                f"{row.where}: no teacher; name one of {known} in the column "
+                f"data.teacher_key='{data.teacher_key}'"
+            )
+    idle = sorted(set(teachers) - {row.teacher for row in rows})
+    if idle:
+        raise ValueError(
+            f"teachers.{idle[0]}: no row of data.prompts has it in its column "
+            f"data.teacher_key='{data.teacher_key}'; leave it out"
+        )
 
 
 def _short_enough(
-    data: Any, rows: list[_Row], prompts: list[Prompt], warn: Callable[[str], None]
+    data: Any,
+    rows: Sequence[Row],
+    prompts: list[Prompt],
+    warn: Callable[[str], None],
+    context: Context | None = None,
 ) -> list[Prompt]:
-    """Refuse or drop what is longer than `max_prompt_tokens`; refuse what has no token at all."""
-    limit = data.max_prompt_tokens
-    for row, prompt in zip(rows, prompts, strict=True):
-        if not prompt.token_ids:
-            raise ValueError(f"{row.where}: the prompt has no tokens")
-    kept = [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
+    """Refuse or drop what is longer than `max_prompt_tokens`; refuse what has no token at all.
+
+    With `context`, of what a teacher reads.
+    """
+    limit = data.max_prompt_tokens if context is None else context.longest
+    key = "data" if context is None else context.key
+    lengths = [
+        len(prompt.token_ids if context is None else prompt.teacher_token_ids or ())
+        for prompt in prompts
+    ]
+    for prompt, length in zip(prompts, lengths, strict=True):
+        if not length:
+            raise ValueError(f"{rows[prompt.index].where}: the prompt has no tokens")
+    kept = [p for p, length in zip(prompts, lengths, strict=True) if length <= limit]
     long = len(prompts) - len(kept)
     if not long:
         return kept
-    worst = max(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
+    worst = max(range(len(prompts)), key=lambda i: lengths[i])
     line = (
-        f"{long} of {len(prompts)} prompts are longer than data.max_prompt_tokens={limit}; the "
-        f"longest has {len(prompts[worst].token_ids)} tokens ({rows[worst].where})"
+        f"{long} of {len(prompts)} prompts are longer than {key}.max_prompt_tokens={limit}; the "
+        f"longest has {lengths[worst]} tokens ({rows[prompts[worst].index].where})"
     )
     if data.too_long == "error":
         raise ValueError(f"{line}; raise the limit, or set data.too_long=drop")
@@ -225,61 +270,6 @@ def _short_enough(
         raise ValueError(f"{line}; none is left")
     warn(f"{line}; dropped")
     return kept
-
-
-class PromptStream:
-    """Prompts in epoch order, for ever; where it stands can be saved and restored."""
-
-    def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool):
-        self.prompts, self.seed, self.shuffle = prompts, seed, shuffle
-        self.epoch = 0  # this pass
-        self.position = 0  # prompts taken of this pass
-
-    def take(self, n: int) -> list[Prompt]:
-        """Return the next n prompts, of one pass: what is left of a pass and too few is skipped.
-
-        So the prompts of a step differ, and so do their random draws.
-        """
-        assert n <= len(self.prompts)
-        if self.position + n > len(self.prompts):
-            self.epoch, self.position = self.epoch + 1, 0
-        ahead = self._order()[self.position : self.position + n]
-        self.position += n
-        return [self.prompts[index] for index in ahead]
-
-    def _order(self) -> np.ndarray:
-        """Return this pass's order: a function of seed and epoch alone, so it need not be saved."""
-        if not self.shuffle:
-            return np.arange(len(self.prompts))
-        return np.random.default_rng((self.seed, self.epoch)).permutation(len(self.prompts))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return where the stream stands, and what it streams over."""
-        return {"epoch": self.epoch, "position": self.position, **self._identity}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken.
-
-        Raises:
-            ValueError: seed, shuffling or the prompts are others.
-        """
-        for name, value in self._identity.items():
-            if state[name] != value:
-                raise ValueError(
-                    f"data: {name} is {value}, but the checkpoint was taken with {state[name]}; "
-                    "resume with the same data, or start another run.dir"
-                )
-        self.epoch, self.position = state["epoch"], state["position"]
-
-    @cached_property
-    def _identity(self) -> dict[str, Any]:
-        tokens = repr([prompt.token_ids for prompt in self.prompts]).encode()
-        return {
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-            "number of prompts": len(self.prompts),
-            "hash of their tokens": hashlib.blake2b(tokens, digest_size=8).hexdigest(),
-        }
 
 
 def vocab_size(tokenizer: Any) -> int:
@@ -302,13 +292,19 @@ def same_tokenizer(
     Raises:
         ValueError: it is not, and `allow` is false; with `allow`, the line is a logged warning.
     """
-    mine = {index: token for token, index in student.get_vocab().items()}
-    theirs = {index: token for token, index in other.get_vocab().items()}
-    differ = [i for i in sorted(mine | theirs) if mine.get(i) != theirs.get(i)]
+    differ = differing_ids(student, other)
     if not differ:
         return
-    first = ", ".join(f"{i}: {mine.get(i)!r} vs {theirs.get(i)!r}" for i in differ[:10])
+    first = ", ".join(differ[:10])
     line = f"{name}: {len(differ)} token ids differ from the student's ({first})"
     if not allow:
         raise ValueError(f"{line}; set {name}.allow_tokenizer_mismatch=true if it does not matter")
     warn(f"{line}; allowed")
+
+
+def differing_ids(student: Any, other: Any) -> list[str]:
+    """Return "id: token vs token" for every id that is another token, or none, to one of them."""
+    mine = {index: token for token, index in student.get_vocab().items()}
+    theirs = {index: token for token, index in other.get_vocab().items()}
+    differ = [i for i in sorted(mine | theirs) if mine.get(i) != theirs.get(i)]
+    return [f"{i}: {mine.get(i)!r} vs {theirs.get(i)!r}" for i in differ]
