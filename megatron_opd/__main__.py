@@ -12,7 +12,7 @@ import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from megatron_opd.config import Config, sections
+from megatron_opd.config import Config, Schedule, sections
 from megatron_opd.config_file import load_config
 
 USAGE = "python -m megatron_opd CONFIG.yaml [more.yaml ...] [section.key=value ...] [options]"
@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 def _reference() -> str:
     """Return every key with its type, default and help sentence, by section."""
     parts = []
-    for name, kind in sections().items():
+    for name, kind in {**sections(), "schedules.KEY": Schedule}.items():
         fields = {key: f for key, f in kind.model_fields.items() if key not in sections()}
         lines = [f"{name}: {kind.__doc__}" if name else "keys of a config file"]
         for key, field in fields.items():

@@ -11,21 +11,27 @@ import torch
 from transformers import AutoTokenizer
 
 from megatron_opd import config as cfg
+from megatron_opd import schedule
 from megatron_opd.config_file import load_config
-from megatron_opd.data import encode_response, load_prompts
-from megatron_opd.loss import Objective
+from megatron_opd.context import Context, read_words
+from megatron_opd.data import encode_response, load_prompts, load_sources
+from megatron_opd.judging import Judges
+from megatron_opd.loss import Objective, Total
 from megatron_opd.metrics import RunLog
 from megatron_opd.model import architecture, build_model, load_hf, padded_vocab
 from megatron_opd.parallel import Parallel
 from megatron_opd.reward import REWARDS
 from megatron_opd.rollout import RolloutEngine, Sampling, request_seed
 from megatron_opd.rollout.megatron import MegatronEngine
+from megatron_opd.rollout.mixed import MixedEngine
 from megatron_opd.rollout.replay import ReplayEngine
 from megatron_opd.rollout.server import Server
 from megatron_opd.rollout.vllm_server import ServerEngine
 from megatron_opd.step import Student, make_student
+from megatron_opd.stream import steps_per_epoch
 from megatron_opd.teacher import Teacher
-from megatron_opd.teacher.megatron import MegatronTeacher, Payload
+from megatron_opd.teacher.ema import EmaTeacher
+from megatron_opd.teacher.megatron import MegatronTeacher, Payload, copy_weights
 from megatron_opd.teacher.server import ServerTeacher
 from megatron_opd.types import Prompt, Reward
 
@@ -68,33 +74,72 @@ def stop_ids(folder: str, tokenizer: Any, more: Sequence[int] = ()) -> tuple[int
 
 def load_data(
     config: cfg.Config, tokenizer: Any, warn: Callable[[str], None]
-) -> tuple[list[Prompt], list[Prompt]]:
-    """Read the training and the evaluation prompts; rank 0 does this for all.
+) -> tuple[list[list[Prompt]], list[Prompt]]:
+    """Read each file's prompts for training, and those for evaluation; rank 0 does this for all.
 
     Raises:
-        ValueError: see `load_prompts`; or fewer prompts than a step takes.
+        ValueError: see `load_sources`; or fewer prompts than a step takes.
     """
-    needed = ("response",) if config.rollout.engine == "replay" else ()
-    prompts = load_prompts(config.data, tokenizer, require=needed, warn=warn)
-    if len(prompts) < config.train.prompts_per_step:
-        raise ValueError(
-            f"train.prompts_per_step: got {config.train.prompts_per_step}, expected at most the "
-            f"{len(prompts)} prompts in data.prompts"
-        )
+    replay, wanted = config.rollout.engine == "replay", config.reward.function
+    scored = not wanted and any(build_objective(c).needs_reward for c in schedule.ends(config))
+    needed = ["response"] * (replay or schedule.mixes(config))
+    needed += ["answer"] * (wanted in REWARDS) + ["reward"] * (replay and scored)
+    sources = load_sources(
+        config.data,
+        tokenizer,
+        require=needed,
+        teachers=tuple(config.teachers),
+        contexts=contexts(config),
+        warn=warn,
+    )
+    _check_sources(config, sources)
     if not config.eval.prompts:
-        return prompts, []
-    return prompts, load_prompts(
+        return sources, []
+    return sources, load_prompts(
         config.data, tokenizer, config.eval.prompts, require=("answer",), warn=warn
     )
 
 
+def contexts(config: cfg.Config) -> dict[str, Context]:
+    """Return how those teachers read that read something else than the student, by name.
+
+    Raises:
+        ValueError: there is no such template.
+    """
+    found = {}
+    for name, teacher in config.judging.items():
+        if teacher.reads_own_prompt:
+            key, template = cfg.key_of_teacher(name), teacher.template
+            words = None if template is None else read_words(template, f"{key}.template")
+            longest = config.longest_prompt(teacher)
+            found[name] = Context(key, words, teacher.chat_template_kwargs, longest)
+    return found
+
+
+def _check_sources(config: cfg.Config, sources: Sequence[Sequence[Prompt]]) -> None:
+    """Check that there are enough prompts for a step, and some for each share of it."""
+    count, needed = sum(map(len, sources)), config.train.prompts_per_step
+    if count < needed and config.data.schedule in ("all", "fixed"):
+        raise ValueError(
+            f"train.prompts_per_step: got {needed}, expected at most the {count} prompts in "
+            "data.prompts"
+        )
+    for file, prompts in zip(config.data.prompts, sources, strict=True):
+        if config.data.weights is not None and not prompts:
+            raise ValueError(
+                f"data.weights: no prompt of '{file}' is within data.max_prompt_tokens, and it is "
+                "to have a share; raise the limit, or leave the file out"
+            )
+
+
 def count_steps(config: cfg.Config, prompts: int) -> int:
     """Return the number of updates: train.steps, or the full batches of train.epochs passes."""
-    return config.train.steps or prompts // config.train.prompts_per_step * config.train.epochs
+    one = steps_per_epoch(config.data.schedule, prompts, config.train.prompts_per_step)
+    return config.train.steps or one * config.train.epochs
 
 
 def samplings(
-    config: cfg.Config, objective: Objective, stops: tuple[int, ...]
+    config: cfg.Config, objective: Objective | Total, stops: tuple[int, ...]
 ) -> tuple[Sampling, Sampling]:
     """Return how training responses and how evaluation responses are drawn."""
     r, e = config.rollout, config.eval
@@ -106,7 +151,7 @@ def samplings(
     )
 
 
-def listed_ids(config: cfg.Config, objective: Objective) -> int:
+def listed_ids(config: cfg.Config, objective: Objective | Total) -> int:
     """Return how many of the most likely ids come with every token of a training response."""
     if config.rollout.logprobs is not None:
         return config.rollout.logprobs
@@ -135,76 +180,108 @@ def build_student(
     return make_student(model, parallel, config.optimizer, steps=steps, vocab_size=vocab_size)
 
 
-def judges(config: cfg.Config, objective: Objective) -> dict[str, tuple[cfg.Frozen, Payload]]:
-    """Return the sections of the frozen models on our ranks, and what each is to answer."""
-    found: dict[str, tuple[cfg.Frozen, Payload]] = {}
-    if config.teacher is not None and config.teacher.kind == "megatron":
-        found["teacher"] = config.teacher, config.teacher.payload
+def judges(
+    config: cfg.Config, objective: Objective | Total
+) -> dict[str, tuple[cfg.Frozen, Payload]]:
+    """Return the sections of the judges on our ranks by their keys, and what each is to answer."""
+    found: dict[str, tuple[cfg.Frozen, Payload]] = {
+        cfg.key_of_teacher(name): (teacher, teacher.payload)
+        for name, teacher in config.judging.items()
+        if teacher.kind == "megatron"
+    }
     if config.base is not None:
-        one_token_does = not any(objective.needs_hidden(topk=False))
+        ends = [build_objective(end) for end in schedule.ends(config)]
+        one_token_does = not any(why for end in ends for why in end.needs_hidden(topk=False))
         found["base"] = config.base, "sampled" if one_token_does else "hidden"
     return found
 
 
-def build_judges(
-    config: cfg.Config, objective: Objective, parallel: Parallel, *, vocab_size: int
-) -> dict[str, Teacher]:
-    """Build the frozen models beside the student, their vocabularies cut to its shards."""
-    rows = architecture(config.student.path).vocab_rows
+def build_judges(config: cfg.Config, objective: Objective | Total, student: Student) -> Judges:
+    """Build the models that judge, beside the student, which has its first weights still."""
     built: dict[str, Teacher] = {}
-    teacher = config.teacher
-    if teacher is not None and teacher.kind == "server":
-        assert teacher.payload != "hidden"
-        built["teacher"] = ServerTeacher(
-            connect(teacher, config),
-            parallel,
-            vocab_size=vocab_size,
-            payload=teacher.payload,
-            k=objective.k,
-        )
-    for name, (section, payload) in judges(config, objective).items():
-        model = build_model(
-            section.path,
-            parallel,
-            dtype=DTYPES[section.dtype or config.student.dtype],
-            padded_vocab=padded_vocab(rows, parallel.tp),
-            trainable=False,
-            seed=None,
-        )
-        load_hf(model, section.path, parallel, vocab_size=vocab_size)
-        built[name] = MegatronTeacher(
-            model,
-            parallel,
-            vocab_size=vocab_size,
-            offload=section.offload,
-            payload=payload,
-            k=objective.k,
-            temperature=objective.teacher_temperature,
-            chunk_tokens=objective.chunk_tokens,
-        )
-    return built
+    for key, (section, payload) in judges(config, objective).items():
+        how = {
+            "vocab_size": student.vocab_size,
+            "offload": section.offload,
+            "payload": payload,
+            "k": objective.k,
+            "temperature": objective.teacher_temperature,
+            "chunk_tokens": objective.chunk_tokens,
+        }
+        if isinstance(section, cfg.Teacher) and section.weights != "file":
+            built[key] = _own_teacher(config, section, student, how)
+        else:
+            model = _frozen_model(config, section, student)
+            load_hf(model, config.folder(section), student.parallel, vocab_size=student.vocab_size)
+            built[key] = MegatronTeacher(model, student.parallel, **how)
+    teachers: dict[str, Teacher] = {}
+    for name, section in config.judging.items():
+        ours = built.get(cfg.key_of_teacher(name))
+        teachers[name] = ours or _served_teacher(config, section, objective.k, student)
+    return Judges(teachers, built.get("base"))
+
+
+def _own_teacher(
+    config: cfg.Config, section: cfg.Teacher, student: Student, how: dict[str, Any]
+) -> Teacher:
+    """Build a teacher of the student's network: as it is, as it was, or its running mean."""
+    if section.weights == "live":
+        return MegatronTeacher(student.model, student.parallel, **how)
+    model = _frozen_model(config, section, student)
+    if section.weights == "ema":
+        return EmaTeacher(model, student.model, student.parallel, rate=section.ema_rate, **how)
+    copy_weights(student.model, model)
+    return MegatronTeacher(model, student.parallel, **how)
+
+
+def _frozen_model(config: cfg.Config, section: cfg.Frozen, student: Student) -> Any:
+    """Build a judge's network, its vocabulary cut to the student's shards; without weights."""
+    rows = architecture(config.student.path).vocab_rows
+    return build_model(
+        config.folder(section),
+        student.parallel,
+        dtype=DTYPES[section.dtype or config.student.dtype],
+        megatron=megatron_fields(config) if section.path is None else None,
+        padded_vocab=padded_vocab(rows, student.parallel.tp),
+        trainable=False,
+        seed=None,
+    )
+
+
+def _served_teacher(
+    config: cfg.Config, section: cfg.Teacher, k: int, student: Student
+) -> Teacher:
+    assert section.payload != "hidden"
+    how = {"vocab_size": student.vocab_size, "payload": section.payload, "k": k}
+    return ServerTeacher(connect(section, config), student.parallel, **how)
 
 
 def build_engines(
     config: cfg.Config, student: Student, tokenizer: Any
 ) -> tuple[RolloutEngine, RolloutEngine]:
     """Build what writes the training responses, and what writes those that evaluation scores."""
-    if config.rollout.engine == "vllm":
-        engine = _vllm_engine(config, student)
-        return engine, engine
-    if config.rollout.engine == "vllm_server":
-        server, size = connect(config.rollout, config), student.vocab_size
-        engine = ServerEngine(student.model, student.parallel, server, vocab_size=size)
-        return engine, engine
-    embedded = MegatronEngine(
-        student.model,
-        student.parallel,
-        vocab_size=student.vocab_size,
-        batch_size=config.rollout.batch_size,
-    )
-    if config.rollout.engine == "replay":
-        return ReplayEngine(partial(encode_response, tokenizer)), embedded
-    return embedded, embedded
+    dataset, section = ReplayEngine(partial(encode_response, tokenizer)), config.rollout
+    engine = drawing_engine(config, student.model, student.parallel, student.vocab_size)
+    if section.engine == "replay":
+        return dataset, engine
+    if schedule.mixes(config):
+        how = {"fraction": section.data_fraction, "by": section.data_choice}
+        return MixedEngine(engine, dataset, **how), engine
+    return engine, engine
+
+
+def drawing_engine(
+    config: cfg.Config, model: Any, parallel: Parallel, vocab_size: int
+) -> RolloutEngine:
+    """Build what draws responses from `model`; with replay, those of evaluation alone."""
+    section = config.rollout
+    if section.engine == "vllm":
+        return _vllm_engine(config, model, parallel, vocab_size)
+    if section.engine == "vllm_server":
+        server = connect(section, config)
+        return ServerEngine(model, parallel, server, vocab_size=vocab_size)
+    size = section.batch_size
+    return MegatronEngine(model, parallel, vocab_size=vocab_size, batch_size=size)
 
 
 def connect(section: cfg.Rollout | cfg.Teacher, config: cfg.Config) -> Server:
@@ -218,36 +295,44 @@ def connect(section: cfg.Rollout | cfg.Teacher, config: cfg.Config) -> Server:
     )
 
 
-def _vllm_engine(config: cfg.Config, student: Student) -> RolloutEngine:
+def _vllm_engine(
+    config: cfg.Config, model: Any, parallel: Parallel, vocab_size: int
+) -> RolloutEngine:
     # takes seconds, and is not always there
     from megatron_opd.rollout.vllm_engine import VllmEngine
 
     return VllmEngine(
-        student.model,
-        student.parallel,
+        model,
+        parallel,
         folder=config.student.path,
-        vocab_size=student.vocab_size,
+        vocab_size=vocab_size,
         tp=config.rollout.tp,
         batch_size=config.rollout.batch_size,
         max_length=config.longest_sequence,
-        seed=request_seed(config.seed, student.parallel.rank),
+        seed=request_seed(config.seed, parallel.rank),
         options=config.vllm,
     )
 
 
-def build_objective(config: cfg.Config) -> Objective:
-    """Translate the objective section, and tell the loss how the responses were drawn.
+def build_objective(config: cfg.Config) -> Objective | Total:
+    """Translate the objective and the terms, and tell the loss how the responses were drawn.
 
     Raises:
         ValueError: a name that is unknown, or options that exclude each other.
     """
-    section = config.objective
+    first, *more = (_build_loss(config, *found) for found in cfg.losses(config).items())
+    # of a sum, a loss that at times asks no base, say, gets none then
+    return Total((first, *more)) if more or config.schedules else first
+
+
+def _build_loss(config: cfg.Config, key: str, section: cfg.Objective) -> Objective:
     drawn = config.rollout.engine != "replay"
     return Objective(
         **section.model_dump(exclude={"support", "divergence", "weights"}),
-        support=_named("objective.support", section.support),
-        divergence=_named("objective.divergence", section.divergence),
-        weights={_named("objective.weights", name): own for name, own in section.weights.items()},
+        name=key.removeprefix("terms."),
+        support=_named(f"{key}.support", section.support),
+        divergence=_named(f"{key}.divergence", section.divergence),
+        weights={_named(f"{key}.weights", name): own for name, own in section.weights.items()},
         rollout_temperature=config.rollout.temperature if drawn else None,
         correction=config.rollout.correction,
         correction_low=config.rollout.correction_low,
@@ -265,6 +350,12 @@ def _named(key: str, name: str) -> Any:
 def build_reward(config: cfg.Config) -> Reward:
     """Find the function that scores evaluation responses."""
     return cfg.resolve("eval.reward", config.eval.reward, REWARDS)
+
+
+def build_training_reward(config: cfg.Config) -> Reward | None:
+    """Find the function that scores training responses; None: the dataset's word counts, if any."""
+    name = config.reward.function
+    return None if name is None else cfg.resolve("reward.function", name, REWARDS)
 
 
 def open_log(config: cfg.Config, resume_step: int) -> RunLog:

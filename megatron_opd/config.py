@@ -7,7 +7,7 @@ file is read: code that receives a section trusts it.
 import importlib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -17,6 +17,7 @@ Positive = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(gt=0)]
 Dtype = Literal["bfloat16", "float32"]
 
 
@@ -44,7 +45,7 @@ class Student(Section):
 class Frozen(Section):
     """A model that is asked and never trained."""
 
-    path: str
+    path: str | None = None
     """Hugging Face directory: config.json, tokenizer and safetensors weights."""
     dtype: Dtype | None = None
     """Type of the weights; null: the student's."""
@@ -55,8 +56,18 @@ class Frozen(Section):
 
 
 class Teacher(Frozen):
-    """The frozen model that judges; not needed when the divergence is cross_entropy."""
+    """The model that judges; not needed when the divergence is cross_entropy."""
 
+    weights: Literal["file", "student", "ema", "live"] = "file"
+    """Whose: path's (file), the student's at the start, their running mean, or those of now."""
+    ema_rate: Probability = 0.05
+    """Share of the student's weights that enters the running mean of weights=ema every step."""
+    template: str | None = None
+    """What it reads for the user's message: opsd, sdft, or a file with {message}; null: the same."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables for the chat template where it reads; null: those of data.chat_template_kwargs."""
+    max_prompt_tokens: Positive | None = None
+    """Longest prompt of one that reads another than the student; null: data.max_prompt_tokens."""
     payload: Literal["hidden", "topk", "sampled"] = "hidden"
     """What is kept a token: a hidden state (any support), its top k, the sampled token's logp."""
     kind: Literal["megatron", "server"] = "megatron"
@@ -67,6 +78,11 @@ class Teacher(Frozen):
     """Seconds to wait for an answer of the server."""
     retries: Natural = 3
     """Times that a failed or wrong answer is asked for again before the run stops."""
+
+    @property
+    def reads_own_prompt(self) -> bool:
+        """Whether it judges responses after another prompt than the student's."""
+        return self.template is not None or self.chat_template_kwargs is not None
 
 
 class Base(Frozen):
@@ -91,8 +107,14 @@ class Data(Section):
 
     prompts: Annotated[tuple[str, ...], Field(min_length=1)]
     """Parquet or JSON-lines files, read one after the other as one list."""
-    chat_template: Literal["tokenizer", "none"] = "tokenizer"
-    """Render prompts with the chat template of the tokenizer, or take the text as is (none)."""
+    weights: Annotated[tuple[Share, ...], Field(min_length=1)] | None = None
+    """Shares of the files in every step's prompts, [0.7, 0.3] say; null: one list, no shares."""
+    schedule: Literal["all", "fixed", "one_per_batch", "one_total"] = "all"
+    """Prompts of a step: the next, the first ones again, copies of the next, or of the first."""
+    template: str = "none"
+    """Words around a question: none (as in the file), dapo, boxed, or a file with {question}."""
+    chat_template: str = "tokenizer"
+    """Chat template: the tokenizer's, the text as is (none), or a Jinja file."""
     chat_template_kwargs: dict[str, Any] = {}
     """Variables for the chat template, for example {enable_thinking: false}."""
     max_prompt_tokens: Positive = 1024
@@ -107,6 +129,12 @@ class Data(Section):
     """Column with the true answer; where absent, reward_model.ground_truth is used."""
     response_key: str = "response"
     """Column with a response, for the replay engine."""
+    reward_key: str = "reward"
+    """Column with the reward of that response, a number."""
+    id_key: str | None = "id"
+    """Column that no two rows of a file share; where absent, extra_info.index; null: no check."""
+    teacher_key: str = "teacher"
+    """Column with the name of the teacher that judges the row."""
 
 
 class Rollout(Section):
@@ -126,6 +154,10 @@ class Rollout(Section):
     """Steps that the server writes ahead: 1 writes the next step's responses during this one."""
     n: Positive = 4
     """Responses per prompt."""
+    data_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the prompts that the dataset's response answers, once, and no engine (GKD's 1 − λ)."""
+    data_choice: Literal["prompt", "step"] = "prompt"
+    """Throw the coin of data_fraction for every prompt, or once for all prompts of a step."""
     max_tokens: Positive = 7168
     """Longest response, in tokens, including the end token."""
     temperature: NonNegative = 1.0
@@ -171,7 +203,7 @@ class Objective(Section):
     support: str = "student_topk"
     """Vocabulary entries that are compared: a built-in name (see the README) or module:function."""
     divergence: str = "reverse_kl"
-    """reverse_kl, forward_kl, jsd, skew_kl, cross_entropy (no teacher), or module:function."""
+    """reverse_kl, forward_kl, jsd, skew_kl, module:function; no teacher: cross_entropy, outcome."""
     k: int = 16
     """Entries of a top-k support, and of the metrics of overlap."""
     append_sampled: bool = False
@@ -204,6 +236,16 @@ class Objective(Section):
     """Highest reward; null: none."""
     discount: float = 0.0
     """Factor γ of later tokens' rewards in a token's own; sampled policy gradient only."""
+    group_normalize: Literal["none", "mean", "std"] = "none"
+    """Subtract from a sampled token's reward the mean over its prompt's tokens; std: divide too."""
+    outcome: float = 0.0
+    """Weight of the response's advantage (reward section) beside a sampled token's own reward."""
+    clip_low: float | None = None
+    """PPO: no gain below π/μ = 1 − clip_low, of a sampled policy gradient; null: no bound."""
+    clip_high: float | None = None
+    """PPO: no gain above π/μ = 1 + clip_high; null: no bound."""
+    dual_clip: float | None = None
+    """PPO: a negative advantage counts at most this many times; null: no bound."""
     extrapolation: float = 1.0
     """λ of the target λ log q + (1−λ) log b, with a base model b; 1: the teacher alone."""
     veto: float = 0.0
@@ -224,6 +266,30 @@ class Objective(Section):
     """Tokens by which seq-mean-token-sum-norm divides the sum of a response."""
     chunk_tokens: int | None = None
     """Tokens whose logits exist at the same time; null: as many as fit a fixed memory."""
+    weight: float = 1.0
+    """Factor of this loss in the sum of the objective and the terms."""
+
+
+class Reward(Section):
+    """What a whole training response is worth, and its advantage over its prompt's others."""
+
+    function: str | None = None
+    """What scores a response: a built-in name or module:function; null: a dataset's own reward."""
+    normalize: Literal["std", "mean"] = "std"
+    """Advantage R − mean of the prompt's responses (mean: Dr.GRPO), over their deviation (std)."""
+
+
+class Schedule(Section):
+    """How a number changes: start at the first step, end after so many steps."""
+
+    start: float
+    """Value at the first step."""
+    end: float
+    """Value after `steps` updates, and from then on."""
+    steps: Positive
+    """Updates from start to end."""
+    shape: Literal["linear", "cosine", "step"] = "linear"
+    """Straight, or along half a cosine, or all at once after `steps` updates."""
 
 
 class Metrics(Section):
@@ -266,9 +332,11 @@ class Train(Section):
     prompts_per_step: Positive = 64
     """Prompts of one optimizer update, over all replicas."""
     epochs: Positive = 1
-    """Passes over the prompts; what is left at the end and does not fill a step is not used."""
+    """Passes over the prompts, in full steps; with data.schedule fixed or one_total, steps."""
     steps: Positive | None = None
     """Number of updates, whatever the epochs; null: as many as the epochs give."""
+    updates_per_rollout: Positive = 1
+    """Updates that one round of rollouts serves, each with the responses to prompts of its own."""
     microbatch_tokens: Positive = 16384
     """Packed tokens of one forward and backward on one replica."""
     recompute: Literal["none", "full", "selective"] = "none"
@@ -287,7 +355,7 @@ class Eval(Section):
     at_end: bool = True
     """Evaluate after the last step."""
     n: Positive = 1
-    """Responses per prompt; the accuracy is their mean."""
+    """Responses per prompt; the accuracy is their mean, and more than one give pass@n and maj@n."""
     temperature: NonNegative = 0.0
     """Sampling temperature; 0: the most likely token."""
     top_p: Probability = 1.0
@@ -295,7 +363,7 @@ class Eval(Section):
     max_tokens: Positive | None = None
     """Longest response, in tokens; null: rollout.max_tokens."""
     reward: str = "exact_match"
-    """What scores a response: a built-in name or module:function."""
+    """What scores a response: exact_match, math (boxed), math_line (Answer:), or module:function."""
 
 
 class Run(Section):
@@ -328,11 +396,18 @@ class Config(Section):
     """Seed of the data order, the sampling, and random weights."""
     student: Student
     teacher: Teacher | None = None
+    teachers: dict[str, Teacher] = {}
+    """Several teachers by name, with the keys of teacher; data.teacher_key names a prompt's."""
     base: Base | None = None
     parallel: Parallel = Parallel()
     data: Data
     rollout: Rollout = Rollout()
     objective: Objective = Objective()
+    terms: dict[str, Objective] = {}
+    """More losses by name, each with the keys of objective; their weighted sum is minimised."""
+    reward: Reward = Reward()
+    schedules: dict[str, Schedule] = {}
+    """Numbers that change, by key: {objective.veto: {start: 0.8, end: 0.0, steps: 100}}."""
     metrics: Metrics = Metrics()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
@@ -342,6 +417,27 @@ class Config(Section):
     """Fields of Megatron-Core's TransformerConfig, passed on to the student's network."""
     vllm: dict[str, Any] = {}
     """Fields of vLLM's EngineArgs, passed on to the engine of rollout.engine=vllm."""
+
+    @property
+    def judging(self) -> dict[str, Teacher]:
+        """Return the teachers by the name that prompts give them; the only one has none."""
+        return self.teachers if self.teacher is None else {"": self.teacher}
+
+    def folder(self, section: Frozen) -> str:
+        """Return the directory of a judge's network: the student's, where it has its weights."""
+        return self.student.path if section.path is None else section.path
+
+    def longest_prompt(self, section: Frozen) -> int:
+        """Return the tokens of the longest prompt that a judge reads."""
+        if isinstance(section, Teacher) and section.reads_own_prompt:
+            return section.max_prompt_tokens or self.data.max_prompt_tokens
+        return self.data.max_prompt_tokens
+
+    @property
+    def longest_judged(self) -> int:
+        """Tokens of the longest prompt that student or judge reads in training, and response."""
+        prompts = [self.longest_prompt(teacher) for teacher in self.judging.values()]
+        return max(self.data.max_prompt_tokens, *prompts, 0) + self.rollout.max_tokens
 
     @property
     def longest_sequence(self) -> int:
@@ -362,31 +458,7 @@ def _contradictions(c: Config) -> Iterable[tuple[bool, str]]:
 
     What excludes what within the objective, `loss.Objective` says.
     """
-    objective, replay = c.objective, c.rollout.engine == "replay"
-    hard, extrapolates = objective.divergence == "cross_entropy", objective.extrapolation != 1
-    yield (
-        c.teacher is None and not hard,
-        f"teacher: missing, but divergence={objective.divergence} compares with one; set "
-        "teacher.path, or objective.divergence=cross_entropy with objective.support=sampled",
-    )
-    yield (
-        c.teacher is not None and hard,
-        "teacher: set, but objective.divergence=cross_entropy uses none; set teacher=null",
-    )
-    yield (
-        c.base is None and extrapolates,
-        f"base: missing, but objective.extrapolation={objective.extrapolation:g} starts from one; "
-        "set base.path, or objective.extrapolation=1",
-    )
-    yield (
-        c.base is not None and not extrapolates,
-        "base: set, but objective.extrapolation=1 uses none; set base=null",
-    )
-    yield (
-        replay and objective.support == "sampled" and objective.divergence == "reverse_kl",
-        "objective.support: got 'sampled', which estimates reverse_kl from tokens that the student "
-        "draws, but rollout.engine=replay draws none; set student_topk or full",
-    )
+    replay = c.rollout.engine == "replay"
     yield (
         not replay and c.rollout.temperature == 0,
         "rollout.temperature: got 0, expected more than 0: the loss is a mean over what the "
@@ -397,16 +469,25 @@ def _contradictions(c: Config) -> Iterable[tuple[bool, str]]:
         f"rollout.n: got {c.rollout.n}, expected 1 with rollout.engine=replay: a row has one "
         "response",
     )
+    yield (
+        replay and c.rollout.data_fraction > 0,
+        f"rollout.data_fraction: got {c.rollout.data_fraction:g}, expected 0 with rollout.engine="
+        "replay, which takes every response from the dataset",
+    )
+    yield from _about_data(c)
     yield from _about_servers(c)
+    yield from _about_teachers(c)
     yield (
         c.parallel.tp % c.rollout.tp != 0,
         f"rollout.tp: got {c.rollout.tp}, expected a divisor of parallel.tp={c.parallel.tp}",
     )
-    longest = c.data.max_prompt_tokens + c.rollout.max_tokens
+    longest, read = c.longest_judged, "data.max_prompt_tokens"
+    if longest > c.data.max_prompt_tokens + c.rollout.max_tokens:
+        read = "the longest teacher.max_prompt_tokens"
     yield (
         c.train.microbatch_tokens < longest,
         f"train.microbatch_tokens: got {c.train.microbatch_tokens}, expected at least {longest} = "
-        "data.max_prompt_tokens + rollout.max_tokens, so that the longest sequence fits",
+        f"{read} + rollout.max_tokens, so that the longest sequence fits",
     )
     yield (
         c.optimizer.min_lr > c.optimizer.lr,
@@ -424,8 +505,28 @@ def _contradictions(c: Config) -> Iterable[tuple[bool, str]]:
     )
 
 
+def _about_data(c: Config) -> Iterable[tuple[bool, str]]:
+    data, schedule = c.data, c.data.schedule
+    if data.weights is not None:
+        yield (
+            len(data.weights) != len(data.prompts),
+            f"data.weights: got {len(data.weights)}, expected {len(data.prompts)}: one for each "
+            "file of data.prompts",
+        )
+        yield (
+            schedule == "one_total",
+            "data.weights: set, but data.schedule=one_total shows one prompt for ever; set "
+            "data.weights=null",
+        )
+    yield (
+        schedule in ("one_per_batch", "one_total") and c.rollout.engine == "replay",
+        f"data.schedule: got '{schedule}', whose copies of a prompt differ in their samples, but "
+        "rollout.engine=replay has one response for all; set all or fixed",
+    )
+
+
 def _about_servers(c: Config) -> Iterable[tuple[bool, str]]:
-    served, teacher = c.rollout.engine == "vllm_server", c.teacher
+    served = c.rollout.engine == "vllm_server"
     yield (
         served and not c.rollout.url,
         "rollout.url: missing, but rollout.engine=vllm_server asks a server; set its address",
@@ -435,19 +536,80 @@ def _about_servers(c: Config) -> Iterable[tuple[bool, str]]:
         f"rollout.async_depth: got {c.rollout.async_depth}, expected 0 with rollout.engine="
         f"{c.rollout.engine}: only a server (vllm_server) writes while the student trains",
     )
-    if teacher is not None and teacher.kind == "server":
-        yield not teacher.url, "teacher.url: missing, but teacher.kind=server asks one; set it"
+    for key, idle in (
+        ("rollout.data_fraction", c.rollout.data_fraction == 0),
+        ("train.updates_per_rollout", c.train.updates_per_rollout == 1),
+    ):
         yield (
-            teacher.payload == "hidden",
-            "teacher.payload: got 'hidden', expected topk or sampled with teacher.kind=server: a "
-            "server sends log-probabilities and no hidden states, which other supports want",
+            bool(c.rollout.async_depth) and not idle,
+            f"{key}: expected its default with rollout.async_depth=1, which writes the responses "
+            "of exactly one step ahead; set rollout.async_depth=0",
         )
+
+
+def _about_teachers(c: Config) -> Iterable[tuple[bool, str]]:
+    yield c.base is not None and c.base.path is None, "base.path: missing; name a directory"
+    yield (
+        c.teacher is not None and bool(c.teachers),
+        "teachers: set, and teacher too, which would judge every prompt; set teacher=null",
+    )
+    for name, teacher in c.judging.items():
         yield (
-            c.objective.teacher_temperature != 1,
-            f"objective.teacher_temperature: got {c.objective.teacher_temperature:g}, expected 1 "
-            "with teacher.kind=server: a server scores a prompt at temperature 1",
+            bool(name) and not re.fullmatch(r"[A-Za-z][\w-]*", name),
+            f"teachers: got the name '{name}', expected letters, digits, - and _ after a letter: "
+            "it is part of the names of metrics",
         )
-        yield teacher.offload, "teacher.offload: got true, but the server keeps its own memory"
+        yield from _about_teacher(c, key_of_teacher(name), teacher)
+
+
+def _about_teacher(c: Config, key: str, teacher: Teacher) -> Iterable[tuple[bool, str]]:
+    copies, served = teacher.weights != "file", teacher.kind == "server"
+    yield (
+        not copies and teacher.path is None,
+        f"{key}.path: missing; name a directory, or set {key}.weights to student, ema or live",
+    )
+    yield (
+        served and copies,
+        f"{key}.weights: got '{teacher.weights}', expected file with kind=server: a server keeps "
+        "the weights that it was started with",
+    )
+    yield (
+        copies and teacher.path is not None,
+        f"{key}.path: got '{teacher.path}', expected none with weights={teacher.weights}: network "
+        f"and weights are the student's; set {key}.path=null",
+    )
+    live = teacher.weights == "live"
+    yield (
+        live and teacher.dtype is not None,
+        f"{key}.dtype: got '{teacher.dtype}', expected null with weights=live: the student judges",
+    )
+    yield (
+        live and teacher.offload,
+        f"{key}.offload: got true, expected false with weights=live: the student stays",
+    )
+    if served:
+        yield from _about_served_teacher(c, key, teacher)
+
+
+def _about_served_teacher(c: Config, key: str, teacher: Teacher) -> Iterable[tuple[bool, str]]:
+    yield not teacher.url, f"{key}.url: missing, but {key}.kind=server asks one; set it"
+    yield (
+        teacher.payload == "hidden",
+        f"{key}.payload: got 'hidden', expected topk or sampled with {key}.kind=server: a "
+        "server sends log-probabilities and no hidden states, which other supports want",
+    )
+    for where, loss in losses(c).items():
+        yield (
+            loss.teacher_temperature != 1,
+            f"{where}.teacher_temperature: got {loss.teacher_temperature:g}, expected 1 with "
+            f"{key}.kind=server: a server scores a prompt at temperature 1",
+        )
+    yield teacher.offload, f"{key}.offload: got true, but the server keeps its own memory"
+
+
+def key_of_teacher(name: str) -> str:
+    """Return the key of the teacher's section; the only teacher has no name."""
+    return f"teachers.{name}" if name else "teacher"
 
 
 def cautions(c: Config) -> list[str]:
@@ -456,13 +618,14 @@ def cautions(c: Config) -> list[str]:
     defaults = {name: kind.model_fields for name, kind in sections().items()}
     idle = [
         (c.data.chat_template == "none", "data", ("chat_template_kwargs",)),
+        (len(c.data.prompts) == 1, "data", ("weights",)),
         (replay, "rollout", ("temperature", "top_p", "top_k", "logprobs")),
         (replay and not graded, "rollout", ("stop_token_ids", "batch_size")),
         (c.rollout.correction in ("none", "tis"), "rollout", ("correction_low",)),
         (c.rollout.correction == "none", "rollout", ("correction_high",)),
+        (not c.rollout.data_fraction, "rollout", ("data_choice",)),
         (c.rollout.engine != "vllm", "rollout", ("tp",)),
         (c.rollout.engine != "vllm_server", "rollout", ("url", "timeout_s", "retries")),
-        (c.teacher and c.teacher.kind != "server", "teacher", ("url", "timeout_s", "retries")),
         (c.rollout.engine != "vllm", "", ("vllm",)),
         (c.optimizer.schedule == "constant", "optimizer", ("min_lr",)),
         (c.parallel.tp == 1, "parallel", ("sequence_parallel",)),
@@ -470,40 +633,78 @@ def cautions(c: Config) -> list[str]:
         (not graded, "eval", ("n", "temperature", "top_p", "max_tokens", "reward")),
         (c.eval.temperature == 0, "eval", ("top_p",)),
         (c.train.steps is not None, "train", ("epochs",)),
-        *((here, "objective", names) for here, names in _idle_in_objective(c.objective)),
+        (not c.reward.function and not replay, "reward", ("normalize",)),
+    ]
+    found = [
+        (where, defaults[where], getattr(c, where) if where else c, names)
+        for without_effect, where, names in idle
+        if without_effect
+    ]
+    found += [
+        (where, Objective.model_fields, loss, names)
+        for where, loss in losses(c).items()
+        for without_effect, names in _idle_in_objective(loss)
+        if without_effect
+    ]
+    found += [
+        (key_of_teacher(name), Teacher.model_fields, teacher, names)
+        for name, teacher in c.judging.items()
+        for without_effect, names in _idle_in_teacher(c, teacher)
+        if without_effect
     ]
     lines = [
-        f"{section}.{name}: has no effect in this config".lstrip(".")
-        for without_effect, section, names in idle
+        f"{where}.{name}: has no effect in this config".lstrip(".")
+        for where, fields, section, names in found
         for name in names
-        if without_effect
-        and getattr(getattr(c, section) if section else c, name) != defaults[section][name].default
+        if getattr(section, name) != fields[name].default
     ]
     if not replay and (c.rollout.top_p < 1 or c.rollout.top_k):
         lines.append(
             f"rollout.top_p={c.rollout.top_p:g}, rollout.top_k={c.rollout.top_k}: responses come "
             "from a truncated distribution, the loss is over the whole one"
         )
-    if c.objective.support == "sampled" and c.objective.divergence == "reverse_kl":
-        drawn, scored = c.rollout.temperature, c.objective.student_temperature
-        if drawn != scored:
+    lines += [
+        f"{key_of_teacher(name)}.weights=live: the teacher is the student and reads what it reads, "
+        "so there is nothing to learn from it; set a template"
+        for name, teacher in c.judging.items()
+        if teacher.weights == "live" and not teacher.reads_own_prompt
+    ]
+    for where, loss in losses(c).items():
+        drawn, scored = c.rollout.temperature, loss.student_temperature
+        estimates = loss.support == "sampled" and loss.divergence in ("reverse_kl", "outcome")
+        if estimates and drawn != scored:
             lines.append(
-                f"rollout.temperature={drawn:g}, objective.student_temperature={scored:g}: the "
+                f"rollout.temperature={drawn:g}, {where}.student_temperature={scored:g}: the "
                 "sampled-token estimate is unbiased only when they are equal"
             )
     return lines
 
 
+def losses(c: Config) -> dict[str, Objective]:
+    """Return the sections whose sum is minimised, by their keys."""
+    return {"objective": c.objective, **{f"terms.{name}": term for name, term in c.terms.items()}}
+
+
 def _idle_in_objective(o: Objective) -> Iterable[tuple[bool, tuple[str, ...]]]:
     """Yield (is it so, options that then change nothing) of what `loss.Objective` accepts."""
-    hard, sampled = o.divergence == "cross_entropy", o.support == "sampled"
-    yield hard, ("k", "teacher_temperature")
+    alone, sampled = o.divergence in ("cross_entropy", "outcome"), o.support == "sampled"
+    yield alone and not o.weights, ("k", "teacher_temperature")
     yield o.divergence != "jsd", ("jsd_beta", "jsd_rescale")
     yield o.divergence != "skew_kl", ("skew_alpha",)
     yield not sampled or o.divergence != "reverse_kl", ("estimator",)
     yield sampled or o.support == "full", ("normalize",)
     yield sampled or o.form == "direct", ("reward_weight", "reward_weight_normalize")
     yield o.student_temperature * o.teacher_temperature == 1, ("temperature_squared",)
+
+
+def _idle_in_teacher(c: Config, t: Teacher) -> Iterable[tuple[bool, tuple[str, ...]]]:
+    """Yield (is it so, options that then change nothing) of a teacher's section."""
+    yield t.kind != "server", ("url", "timeout_s", "retries")
+    yield t.kind == "server", ("dtype",)
+    yield t.weights != "ema", ("ema_rate",)
+    yield t.weights != "file", ("allow_tokenizer_mismatch",)
+    yield not t.reads_own_prompt, ("max_prompt_tokens",)
+    yield c.data.chat_template == "none", ("chat_template_kwargs",)
 
 
 def to_yaml(config: Config) -> str:
@@ -515,6 +716,8 @@ def sections() -> dict[str, type[Section]]:
     """Return the sections of a config by name, in order; the first, "", is the top level."""
     found: dict[str, type[Section]] = {"": Config}
     for name, field in Config.model_fields.items():
+        if get_origin(field.annotation) is dict:  # many of a kind, by names of the user's
+            continue
         for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
             if isinstance(kind, type) and issubclass(kind, Section):
                 found[name] = kind

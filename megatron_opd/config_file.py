@@ -133,9 +133,13 @@ def _expected(problem) -> str:
 def _suggestion(key: str) -> str:
     """The closest key: a sibling that is spelt alike, else the same name in another section."""
     section, _, name = key.rpartition(".")
+    kinds = sections()
+    for many, kind in (("terms", "objective"), ("teachers", "teacher")):  # by names of the user's
+        if re.fullmatch(rf"{many}\.[\w-]+", section):
+            kinds[section] = kinds[kind]
     known = {
         f"{where}.{field}".lstrip("."): field
-        for where, kind in sections().items()
+        for where, kind in kinds.items()
         for field in kind.model_fields
     }
     siblings = [field for path, field in known.items() if path.rpartition(".")[0] == section]

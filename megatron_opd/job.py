@@ -2,29 +2,34 @@
 
 import json
 import logging
-import math
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from megatron_opd import ahead, build, checkpoint
+from megatron_opd import ahead, build, checkpoint, schedule
 from megatron_opd import config as cfg
-from megatron_opd.ahead import Ahead
+from megatron_opd.advantage import of_tokens, summary, with_advantages
+from megatron_opd.ahead import Ahead, key
 from megatron_opd.clock import Clock
-from megatron_opd.data import PromptStream
 from megatron_opd.evaluation import evaluate
+from megatron_opd.loss import Objective, Total
 from megatron_opd.metrics import Metrics, RunLog, console_line
 from megatron_opd.model import save_hf
 from megatron_opd.packing import needed_microbatches, pack
 from megatron_opd.parallel import Parallel
 from megatron_opd.preflight import preflight
+from megatron_opd.reward import scored
 from megatron_opd.rollout import request_seed
+from megatron_opd.rollout.mixed import MixedEngine
 from megatron_opd.rollout.vllm_server import ServerEngine
 from megatron_opd.step import Judgement
-from megatron_opd.types import Microbatch, Rollout
+from megatron_opd.stream import PromptStream, numbered
+from megatron_opd.types import Microbatch, Rollout, SampledScores, Scores
+from megatron_opd.watch import Watch
 
 log = logging.getLogger("megatron_opd")
 
@@ -38,17 +43,25 @@ class Job:
         plan = parallel.owner(lambda: preflight(config, parallel.world))
         self.steps, self.held_out, self.tokenizer = plan.steps, plan.held_out, plan.tokenizer
         self.warnings = plan.warnings
-        self.stream = PromptStream(plan.prompts, config.seed, config.data.shuffle)
+        self.stream = PromptStream(
+            plan.sources,
+            config.seed,
+            shuffle=config.data.shuffle,
+            weights=config.data.weights,
+            schedule=config.data.schedule,
+        )
         self.run_log: RunLog | None = None
         self.ahead: Ahead | None = None  # the responses of the next step
         self.staleness = 0  # updates that the student is ahead of the weights that wrote a step
         size = plan.vocab_size
         self.student = build.build_student(config, parallel, vocab_size=size, steps=self.steps)
         self.objective = build.build_objective(config)
-        self.judges = build.build_judges(config, self.objective, parallel, vocab_size=size)
+        self.watch = Watch(vocab_size=size, k=self.objective.k)
+        self.judges = build.build_judges(config, self.objective, self.student)
         self.engine, self.eval_engine = build.build_engines(config, self.student, self.tokenizer)
         self.sampling, self.eval_sampling = build.samplings(config, self.objective, plan.stop_ids)
-        self.reward = build.build_reward(config)
+        self.eval_reward = build.build_reward(config)
+        self.training_reward = build.build_training_reward(config)
 
     def restore(self) -> int:
         """Open the log, at the newest checkpoint when resuming; return the last finished step.
@@ -61,7 +74,7 @@ class Job:
         if self.config.run.resume:
             newest = checkpoint.latest(self.folder / "checkpoints", self.parallel)
         if newest is not None:
-            state = checkpoint.load(newest, self.student)
+            state = checkpoint.load(newest, self.student, self.judges.followers)
             self.stream.load_state_dict(state["stream"])
             step = state["step"]
             if "ahead" in state:
@@ -69,6 +82,7 @@ class Job:
         self.parallel.main_only(lambda: self._check_export(step))
         self.run_log = self.parallel.main_only(lambda: build.open_log(self.config, step))
         if self.parallel.is_main:
+            self.watch.recall(self.folder / "metrics.jsonl")
             self._announce(step, newest)
         return step
 
@@ -108,19 +122,24 @@ class Job:
         With `rollout.async_depth`, those of the next step are under way when it returns.
         """
         written = (self.ahead or self._begin(step, step - 1, clock)).settled(self.engine)
-        self.ahead = None
+        rollouts, self.ahead = written.split(self.config.train.prompts_per_step)
         if self.config.rollout.async_depth and step < self.steps:
             self.ahead = self._begin(step + 1, step - 1, clock)
         clock.lap("rollout")
         self.staleness = step - 1 - written.updates
-        return [replace(rollout, masked=self._is_masked(rollout)) for rollout in written.rollouts]
+        return [replace(rollout, masked=self._is_masked(rollout)) for rollout in rollouts]
 
     def _begin(self, step: int, updates: int, clock: Clock) -> Ahead:
-        """Have the responses of a step written by the weights of now, after `updates` steps."""
+        """Have a round of responses written by the weights of now, after `updates` steps."""
         clock.lap("rollout")
         self.engine.sync()
         clock.lap("sync")
-        prompts, write = self.stream.take(self.config.train.prompts_per_step), self.engine.generate
+        if isinstance(self.engine, MixedEngine):
+            self.engine.fraction = schedule.at(self.config, step).rollout.data_fraction
+        train, write = self.config.train, self.engine.generate
+        rounds = min(train.updates_per_rollout, self.steps - step + 1)
+        taken = [self.stream.take(train.prompts_per_step) for _ in range(rounds)]
+        prompts = numbered([prompt for of_step in taken for prompt in of_step])
         if self.config.rollout.async_depth:
             assert isinstance(self.engine, ServerEngine)
             write = self.engine.submit
@@ -130,7 +149,7 @@ class Job:
             sampling=self.sampling,
             seed=request_seed(self.config.seed, step),
         )
-        return Ahead(updates, tuple(prompt.index for prompt in prompts), writing)
+        return Ahead(updates, tuple(map(key, prompts)), writing)
 
     def _settle(self) -> None:
         """Wait for what is under way, where the engine is wanted for something else."""
@@ -146,13 +165,40 @@ class Job:
             return False
         return not re.search(section.mask_format, self.tokenizer.decode(rollout.response_ids))
 
+    def reward(self, rollouts: list[Rollout], clock: Clock) -> list[Rollout]:
+        """Say what each response is worth, and how much more than the others of its prompt.
+
+        One rank of a replica scores its responses: of a function that asks a clock or a server,
+        ranks would keep different answers.
+
+        Raises:
+            ValueError: a reward that is no finite number; on every rank.
+        """
+        how = self.config.reward.normalize
+        if self.training_reward is not None:
+            head = self.parallel.head_rank
+            scores = self.parallel.agree(lambda: self._scores(rollouts), ranks=(head,))[head]
+            rollouts = [replace(r, reward=x) for r, x in zip(rollouts, scores, strict=True)]
+            clock.lap("reward")
+        if any(rollout.reward is None for rollout in rollouts):
+            return rollouts
+        return with_advantages(rollouts, how=how)
+
+    def _scores(self, rollouts: list[Rollout]) -> list[float]:
+        assert self.training_reward is not None
+        texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
+        return [
+            scored(self.training_reward, text, rollout.prompt)
+            for text, rollout in zip(texts, rollouts, strict=True)
+        ]
+
     def pack(self, rollouts: list[Rollout], step: int) -> list[Microbatch]:
         """Pack this replica's rollouts into as many microbatches as every other replica."""
         limit, section = self.config.train.microbatch_tokens, self.config.metrics
         needed = torch.tensor(needed_microbatches(rollouts, limit), device=self.parallel.device)
         dist.all_reduce(needed, dist.ReduceOp.MAX, group=self.parallel.dp_group)
         packed = pack(
-            rollouts,
+            _at_least(int(needed), rollouts),
             microbatch_tokens=limit,
             count=int(needed),
             multiple=self.parallel.tp if self.parallel.sequence_parallel else 1,
@@ -165,12 +211,31 @@ class Job:
         return step in (1, self.steps) or step % self.config.metrics.every == 0
 
     def score(self, microbatches: list[Microbatch]) -> list[Judgement]:
-        """Ask the teacher and the base, where there are such, about every microbatch."""
-        scores = {name: judge.score(microbatches) for name, judge in self.judges.items()}
-        return [
-            Judgement(**{name: of_all[index] for name, of_all in scores.items()})
-            for index in range(len(microbatches))
-        ]
+        """Ask teachers and base, where there are such, about every microbatch."""
+        return self.judges.score(microbatches)
+
+    def compare(
+        self, microbatches: list[Microbatch], judgements: list[Judgement]
+    ) -> list[Microbatch]:
+        """Compare the rewards of tokens over their prompts, where the objective wants it.
+
+        On the last pipeline stage, which alone has them, and needs them.
+        """
+        how = self.objective.group_normalize
+        if how == "none" or not self.parallel.is_last_stage:
+            return microbatches
+        return of_tokens(microbatches, [_sampled(one.teacher) for one in judgements], how=how)
+
+    def objective_at(self, step: int) -> Objective | Total:
+        """Return what is minimised at a step."""
+        if not self.config.schedules:
+            return self.objective
+        return build.build_objective(schedule.at(self.config, step))
+
+    def follow(self, metrics: Metrics) -> None:
+        """Let the teachers that are running means of the student take its update in."""
+        for name, distance in self.judges.follow().items():
+            metrics.set(name, distance)
 
     def measure(
         self,
@@ -184,6 +249,9 @@ class Job:
             metrics.mean("rollout/response_tokens", len(rollout.response_ids), 1)
             metrics.mean("rollout/truncated_fraction", rollout.finish == "length", 1)
             metrics.mean("rollout/masked_fraction", rollout.masked, 1)
+            metrics.mean("rollout/data_fraction", not rollout.drawn, 1)
+        for name, (total, count) in summary(rollouts).items():
+            metrics.mean(name, total, count)
         packed = sum(batch.token_T.numel() for batch in microbatches)
         metrics.mean("train/packed_tokens", packed * self.parallel.dp, 1)
         record = metrics.reduce(None, self.parallel.device)
@@ -194,17 +262,6 @@ class Job:
             "rollout/staleness_steps": self.staleness,
         }
         return record | counts | seconds | {"perf/tokens_per_s": rate}
-
-    def _doubt_teacher(self, record: dict[str, float]) -> None:
-        """Warn of a teacher that prefers nothing: random weights, or none, look like this."""
-        uniform, entropy = math.log(self.student.vocab_size), record.get("teacher/entropy", 0.0)
-        if entropy > 0.95 * uniform:
-            log.warning(
-                "teacher: its entropy is %.2f nats of at most %.2f, so it prefers hardly any "
-                "token; are the weights in teacher.path trained, and is the prompt in its format?",
-                entropy,
-                uniform,
-            )
 
     def evaluates_at(self, step: int) -> bool:
         """Say whether held-out prompts are due after `step`."""
@@ -222,7 +279,7 @@ class Job:
         return evaluate(
             self.eval_engine,
             self.held_out,
-            self.reward,
+            self.eval_reward,
             n=self.config.eval.n,
             sampling=self.eval_sampling,
             seed=request_seed(self.config.seed, 0),
@@ -232,10 +289,13 @@ class Job:
 
     def log(self, step: int, record: dict[str, float]) -> None:
         """Write a step's record and tell the user."""
+        if step:
+            scheduled = schedule.values(self.config, step).items()
+            record = record | {f"schedule/{name}": number for name, number in scheduled}
         if self.run_log is not None:
             self.run_log.log(step, record)
-            if step == 1:
-                self._doubt_teacher(record)
+            for line in self.watch.see(step, record):
+                log.warning("warning: step %d: %s", step, line)
             every = self.config.run.print_every
             if step % every == 0 or step == self.steps or "eval/accuracy" in record:
                 log.info(console_line(step, self.steps, record))
@@ -257,7 +317,9 @@ class Job:
             "response": self.tokenizer.decode(rollout.response_ids),
             "answer": rollout.prompt.answer,
             "finish": rollout.finish,
+            "drawn": rollout.drawn,
             "masked": rollout.masked,
+            **({} if rollout.reward is None else {"reward": rollout.reward}),
             "tokens": len(rollout.response_ids),
             "logp_mean": sum(rollout.logp) / len(rollout.logp),
             **_top(rollout),
@@ -281,6 +343,7 @@ class Job:
             keep=self.config.run.keep,
             source=self.config.student.path,
             stop_ids=self.sampling.stop_ids,
+            averages=self.judges.followers,
         )
 
     def export(self) -> None:
@@ -301,8 +364,19 @@ class Job:
         if self.run_log is not None:
             self.run_log.close()
         self.engine.close()
-        for judge in self.judges.values():
-            judge.close()
+        self.judges.close()
+
+
+def _sampled(scores: Scores | None) -> Tensor:
+    """Return the teacher's log q(y), as which alone it answers where rewards are compared."""
+    assert isinstance(scores, SampledScores)
+    return scores.logp_N
+
+
+def _at_least(count: int, rollouts: list[Rollout]) -> list[Rollout]:
+    """Fill up with masked copies: where the dataset answers, once a prompt, a replica has fewer."""
+    shortest = min(rollouts, key=lambda r: len(r.prompt.token_ids) + len(r.response_ids))
+    return rollouts + [replace(shortest, masked=True)] * (count - len(rollouts))
 
 
 def _top(rollout: Rollout) -> dict[str, list]:

@@ -8,8 +8,8 @@ communication buffers, the CUDA context, and what the allocator cannot reuse.
 import math
 from collections.abc import Mapping
 
-from megatron_opd.config import Config, Frozen
-from megatron_opd.loss import Objective
+from megatron_opd.config import Config, Frozen, Teacher, losses
+from megatron_opd.loss import Objective, Total
 from megatron_opd.loss.shard import ARITHMETIC, chunk_tokens
 from megatron_opd.model import Architecture, architecture, padded_vocab
 from megatron_opd.model.hf_map import manifest, weights
@@ -30,7 +30,7 @@ def peak(memory: Memory) -> int:
     return phases.pop("always") + max(phases.values())
 
 
-def estimate(config: Config, objective: Objective, judges: Judges, dp: int) -> Memory:
+def estimate(config: Config, objective: Objective | Total, judges: Judges, dp: int) -> Memory:
     """Return what is always there, and what each phase of a step adds to it."""
     student = architecture(config.student.path)
     memory: Memory = {
@@ -101,14 +101,15 @@ def _cache(config: Config, student: Architecture, dp: int) -> int:
 
 
 def _training(
-    config: Config, objective: Objective, judges: Judges, student: Architecture
+    config: Config, objective: Objective | Total, judges: Judges, student: Architecture
 ) -> dict[str, int]:
     columns = padded_vocab(student.vocab_rows, config.parallel.tp) // config.parallel.tp
     width = WIDTH[config.student.dtype]
     tokens = objective.chunk_tokens or chunk_tokens(
         columns, width, "cuda", dense_gradient=objective.over_vocabulary
     )
-    models = 1 + sum(payload == "hidden" for _, payload in judges.values())
+    hidden = {name for name, (_, payload) in judges.items() if payload == "hidden"}
+    models = 1 + len(hidden & {"base"}) + bool(hidden - {"base"})  # a sample has one teacher
     # of the part of a chunk that arithmetic works on: its own, and float32 copies of bfloat16
     buffers = (8 if judges else 4) + (models if width == 2 else 0)
     return {
@@ -136,24 +137,51 @@ def _activations(config: Config, student: Architecture) -> int:
 
 
 def _add_judges(memory: Memory, config: Config, judges: Judges, dp: int) -> None:
-    parallel, kept, away = config.parallel, {}, {}
+    kept, away, k = {}, {}, max(loss.k for loss in losses(config).values())
     tokens = config.train.prompts_per_step // dp * config.rollout.n * config.rollout.max_tokens
     for name, (section, payload) in judges.items():
-        arch, width = architecture(section.path), WIDTH[section.dtype or config.student.dtype]
-        size, head = _fullest_stage(arch, parallel.tp, parallel.pp) * width, 0
-        if section.offload and payload == "hidden":  # the loss needs the head
-            columns = padded_vocab(arch.vocab_rows, parallel.tp) // parallel.tp
-            head = memory["always"][f"{name} head"] = columns * arch.hidden * width
-        place = away if section.offload else memory["always"]
-        place[f"{name} weights"] = size - head
+        _add_weights(memory["always"], away, config, name, section, payload == "hidden")
+        hidden, width = architecture(config.folder(section)).hidden, _width(config, section)
         what, per_token = {
-            "hidden": ("hidden states", arch.hidden * width),
-            "topk": ("top k", config.objective.k * (8 + 4)),  # int64 ids, float32 logarithms
+            "hidden": ("hidden states", hidden * width),
+            "topk": ("top k", k * (8 + 4)),  # int64 ids, float32 logarithms
             "sampled": ("log-probabilities", 4),
         }[payload]
-        kept[f"{name} {what}"] = tokens * per_token
+        kept[name] = f"{name} {what}", tokens * per_token
+    teachers = [kept.pop(name) for name in list(kept) if name != "base"]
+    found = dict(kept.values())
+    if teachers:  # a sample has one of them
+        found |= [max(teachers, key=lambda answer: answer[1])]
     if away:  # they come one after the other
         largest = max(away, key=lambda name: away[name])
         memory["score"][largest] = away[largest]
-    memory["score"] |= kept
-    memory["train"] |= kept
+    memory["score"] |= found
+    memory["train"] |= found
+
+
+def _add_weights(
+    always: dict[str, int],
+    away: dict[str, int],
+    config: Config,
+    name: str,
+    section: Frozen,
+    keeps_head: bool,
+) -> None:
+    """Add a judge's weights where they are between uses; `keeps_head`: the loss needs its head."""
+    weights = section.weights if isinstance(section, Teacher) else "file"
+    if weights == "live":  # the student's
+        return
+    arch, width = architecture(config.folder(section)), _width(config, section)
+    elements = _fullest_stage(arch, config.parallel.tp, config.parallel.pp)
+    size, head = elements * width, 0
+    if section.offload and keeps_head:
+        columns = padded_vocab(arch.vocab_rows, config.parallel.tp) // config.parallel.tp
+        head = always[f"{name} head"] = columns * arch.hidden * width
+    (away if section.offload else always)[f"{name} weights"] = size - head
+    if weights == "ema" and width == 2 and not section.offload:
+        always[f"{name} running mean, float32"] = elements * 4
+
+
+def _width(config: Config, section: Frozen) -> int:
+    """Return the bytes of a judge's weight."""
+    return WIDTH[section.dtype or config.student.dtype]

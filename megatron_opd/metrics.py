@@ -213,12 +213,16 @@ def console_line(step: int, steps: int, metrics: Mapping[str, float]) -> str:
     show("loss {:.4g}", "loss/objective")
     show("rkl {:.4g}", "distill/reverse_kl")
     show("nll {:.4g}", "student/nll")
+    show("reward {:.3f}", "reward/mean")
     show("overlap {:.2f}", "distill/overlap_ratio")
     show("ent {:.2f}/{:.2f}", "student/entropy", "teacher/entropy")
     show("mis {:.0e}", "policy/mismatch_kl")
     show("len {:.0f} ({:.0%} cut)", "rollout/response_tokens", "rollout/truncated_fraction")
     show("gnorm {:.2g}", "optim/grad_norm")
     show("acc {:.3f}", "eval/accuracy")
+    for name in m:
+        if name.startswith(("eval/pass@", "eval/maj@")):
+            show(name.removeprefix("eval/") + " {:.3f}", name)
     if "perf/tokens_per_s" in m:
         fields.append(f"{_thousands(m['perf/tokens_per_s'])} tok/s")
     if "time/step_s" in m:

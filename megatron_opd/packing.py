@@ -2,12 +2,13 @@
 
 A sequence is prompt + response without the last response token: nothing comes after it, so its
 hidden state would predict nothing. Every response token is a target once; the position before it is
-its source. Shapes: T packed tokens · N targets, M of them measured · K ids · S sequences, of one
+its source. A microbatch has one teacher. Shapes: T packed tokens · N targets, M of them measured · K ids · S sequences, of one
 microbatch.
 """
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,12 +19,18 @@ from megatron_opd.types import Microbatch, Rollout
 def needed_microbatches(rollouts: Sequence[Rollout], microbatch_tokens: int) -> int:
     """Return the fewest microbatches of at most `microbatch_tokens` that `pack` fits these in.
 
-    More than this always fit too, so that data-parallel replicas can agree on their maximum.
+    Every number from this to that of the rollouts does too: a teacher's microbatches can be split
+    until each holds one sequence. So data-parallel replicas with equally many rollouts can agree on
+    their maximum, whatever teachers each of them has.
 
     Raises:
         ValueError: no rollouts; an empty response; a sequence longer than a microbatch.
     """
-    return _fewest(_lengths(rollouts, microbatch_tokens), microbatch_tokens)
+    lengths = _lengths(rollouts, microbatch_tokens)
+    return sum(
+        _fewest([lengths[i] for i in members], microbatch_tokens)
+        for members in _by_teacher(rollouts)
+    )
 
 
 def pack(
@@ -37,7 +44,8 @@ def pack(
 ) -> list[Microbatch]:
     """Distribute rollouts over `count` microbatches (default: the fewest) of about equal tokens.
 
-    T is filled up to a multiple of `multiple` with one more sequence that no source points into;
+    The microbatches of one teacher follow those of another, in alphabetical order. Where the
+    teacher reads another prompt, a sequence counts with the longer of both. T is filled up to a multiple of `multiple` with one more sequence that no source points into;
     for this alone T may pass `microbatch_tokens`. Each supervised token is measured with
     probability `measure_fraction`, by a draw that depends on `seed` (of the step), its prompt,
     sample and position alone.
@@ -45,18 +53,39 @@ def pack(
     Raises:
         ValueError: as `needed_microbatches`; `count` is below it or above the sequences there are.
     """
-    lengths = _lengths(rollouts, microbatch_tokens)
-    needed = _fewest(lengths, microbatch_tokens)
+    lengths, groups = _lengths(rollouts, microbatch_tokens), _by_teacher(rollouts)
+    shares = [_fewest([lengths[i] for i in members], microbatch_tokens) for members in groups]
+    needed = sum(shares)
     count = needed if count is None else count
     if not needed <= count <= len(rollouts):
         raise ValueError(
             f"count: got {count} microbatches, expected {needed} to {len(rollouts)} for "
             f"{len(rollouts)} sequences, {sum(lengths)} tokens"
         )
-    bins = _balance(lengths, count)
+    bins: list[list[int]] = []
+    for members, share in zip(groups, _more(groups, lengths, shares, count), strict=True):
+        balanced = _balance([lengths[i] for i in members], share)
+        bins += [[members[i] for i in chosen] for chosen in balanced]
     return [
         _build([rollouts[i] for i in members], multiple, measure_fraction, seed) for members in bins
     ]
+
+
+def _by_teacher(rollouts: Sequence[Rollout]) -> list[list[int]]:
+    """Return which rollouts each teacher judges."""
+    groups: dict[str, list[int]] = {}
+    for index, rollout in enumerate(rollouts):
+        groups.setdefault(rollout.prompt.teacher, []).append(index)
+    return [groups[name] for name in sorted(groups)]
+
+
+def _more(groups: list[list[int]], lengths: list[int], shares: list[int], count: int) -> list[int]:
+    """Return microbatches per group, `count` in all: more of them where they are fullest."""
+    shares, tokens = list(shares), [sum(lengths[i] for i in members) for members in groups]
+    while sum(shares) < count:
+        splits = [i for i, members in enumerate(groups) if shares[i] < len(members)]
+        shares[max(splits, key=lambda i: tokens[i] / shares[i])] += 1
+    return shares
 
 
 def _lengths(rollouts: Sequence[Rollout], limit: int) -> list[int]:
@@ -66,6 +95,7 @@ def _lengths(rollouts: Sequence[Rollout], limit: int) -> list[int]:
     lengths = []
     for rollout in rollouts:
         prompt, response = len(rollout.prompt.token_ids), len(rollout.response_ids)
+        judged = rollout.prompt.teacher_token_ids
         name = f"rollout of prompt {rollout.prompt.index}, sample {rollout.sample}"
         if not prompt or not response or len(rollout.logp) != response:
             raise ValueError(
@@ -73,6 +103,7 @@ def _lengths(rollouts: Sequence[Rollout], limit: int) -> list[int]:
                 f"{len(rollout.logp)} log-probabilities; expected at least one token each, and a "
                 "log-probability for every response token"
             )
+        prompt = max(prompt, len(judged or ()))
         if prompt + response - 1 > limit:
             raise ValueError(
                 f"{name}: {prompt + response - 1} tokens do not fit train.microbatch_tokens="
@@ -103,6 +134,19 @@ def _balance(lengths: list[int], count: int) -> list[list[int]]:
         bins[index].append(member)
         heapq.heappush(loads, (load + lengths[member], index))
     return [sorted(members) for members in bins]
+
+
+def _context(rollouts: list[Rollout], multiple: int) -> Microbatch | None:
+    """Pack the same responses after what their teacher reads, where that is something else."""
+    read = [r.prompt.teacher_token_ids for r in rollouts]
+    if all(ids is None for ids in read):
+        return None
+    exchanged = []
+    for rollout, ids in zip(rollouts, read, strict=True):
+        tokens = rollout.prompt.token_ids if ids is None else ids
+        prompt = replace(rollout.prompt, token_ids=tokens, teacher_token_ids=None)
+        exchanged.append(replace(rollout, prompt=prompt, top_ids=None, top_logp=None))
+    return _build(exchanged, multiple, 0.0, 0)
 
 
 def _build(rollouts: list[Rollout], multiple: int, fraction: float, seed: int) -> Microbatch:
@@ -137,6 +181,9 @@ def _build(rollouts: list[Rollout], multiple: int, fraction: float, seed: int) -
         drawn_N=_each(rollouts, response_S, "drawn", unless=all(r.drawn for r in rollouts)),
         reward_N=_each(rollouts, response_S, "reward", unless=not scored),
         advantage_N=_each(rollouts, response_S, "advantage", unless=not scored),
+        group_N=torch.from_numpy(np.repeat([_group(r) for r in rollouts], response_S)),
+        teacher=rollouts[0].prompt.teacher,
+        context=_context(rollouts, multiple),
     )
 
 
@@ -148,6 +195,11 @@ def _each(
         return None
     value_S = np.array([getattr(r, name) for r in rollouts], np.float32)
     return torch.from_numpy(np.repeat(value_S, response_S))
+
+
+def _group(rollout: Rollout) -> int:
+    """Return one number for prompt and copy; 2^20 copies are more than a step has prompts."""
+    return rollout.prompt.index << 20 | rollout.prompt.copy
 
 
 def _joined(rollout: Rollout) -> np.ndarray:

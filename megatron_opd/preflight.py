@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_opd import build, memory, platform
-from megatron_opd.config import Config, Frozen, cautions
+from megatron_opd import build, memory, platform, schedule
+from megatron_opd.config import Config, Frozen, cautions, key_of_teacher, losses
 from megatron_opd.data import same_tokenizer, vocab_size
+from megatron_opd.loss import Objective, Total
+from megatron_opd.loss.fits import asked_by
 from megatron_opd.metrics import check_mirrors
 from megatron_opd.model import architecture, check_files, read_config
 from megatron_opd.model import check_layout as check_network_layout
 from megatron_opd.model.transformer import transformer_config
 from megatron_opd.parallel import check_layout
+from megatron_opd.reward import REWARDS
 from megatron_opd.rollout import vllm_options
 from megatron_opd.types import Prompt
 
@@ -34,9 +37,14 @@ class Plan:
     tokenizer: Any  # the student's
     vocab_size: int  # ids that it uses: what is sampled and compared
     stop_ids: tuple[int, ...]
-    prompts: list[Prompt]
+    sources: list[list[Prompt]]  # of each file
     held_out: list[Prompt]  # for evaluation
     warnings: list[str]
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """All files' prompts, as one list."""
+        return [prompt for source in self.sources for prompt in source]
 
     @property
     def longest_prompt(self) -> int:
@@ -56,18 +64,25 @@ class Plan:
     @property
     def microbatches(self) -> int:
         """Microbatches of such a step on one replica."""
-        fit = self.config.train.microbatch_tokens // self._longest
-        return math.ceil(self.sequences_per_replica / fit)
+        judged = [len(prompt.teacher_token_ids or ()) for prompt in self.prompts]
+        longest = max(self.longest_prompt, *judged) + self.config.rollout.max_tokens
+        fit = self.config.train.microbatch_tokens // longest
+        unfilled = max(len(self.config.teachers) - 1, 0)  # each has a last one of its own
+        sequences = self.sequences_per_replica
+        return min(math.ceil(sequences / fit) + unfilled, sequences)
 
     @property
     def _longest(self) -> int:
         return self.longest_prompt + self.config.rollout.max_tokens
 
 
-def check(config: Config, world: int, *, dry_run: bool = False) -> list[str]:
+def check(
+    config: Config, world: int, *, dry_run: bool = False, writes: bool = True
+) -> list[str]:
     """Check files, run directory, ranks and networks; return what to warn about.
 
-    With `dry_run`, weights and a GPU may be absent: that becomes a warning.
+    With `dry_run`, weights and a GPU may be absent: that becomes a warning. Without `writes`,
+    nothing will be trained, and the run directory may be anything.
 
     Raises:
         ValueError: one line.
@@ -80,8 +95,9 @@ def check(config: Config, world: int, *, dry_run: bool = False) -> list[str]:
                 raise ValueError(f"{section}.prompts: no file '{file}'")
     _check_objective(config)
     build.build_reward(config)
-    _check_run(config)
-    warnings = cautions(config)
+    if writes:
+        _check_run(config)
+    warnings = [*cautions(config), *_without_comparison(config)]
     _stop_at(_obstacles(config), warnings, dry_run=dry_run)
     _check_ranks(config, world)
     _check_networks(config)
@@ -89,20 +105,22 @@ def check(config: Config, world: int, *, dry_run: bool = False) -> list[str]:
     return warnings
 
 
-def preflight(config: Config, world: int, *, dry_run: bool = False) -> Plan:
+def preflight(
+    config: Config, world: int, *, dry_run: bool = False, writes: bool = True
+) -> Plan:
     """`check`, read tokenizers and prompts, and count the steps.
 
     Raises:
         ValueError: one line.
     """
-    warnings = check(config, world, dry_run=dry_run)
+    warnings = check(config, world, dry_run=dry_run, writes=writes)
     tokenizer = _check_tokenizers(config, warnings.append)
     for path in _weights(config):
         check_files(path, vocab_size=vocab_size(tokenizer))
     _stop_at(_unreachable(config, vocab_size(tokenizer)), warnings, dry_run=dry_run)
-    prompts, held_out = build.load_data(config, tokenizer, warnings.append)
-    _check_spaces(tokenizer, prompts[0])
-    steps = build.count_steps(config, len(prompts))
+    sources, held_out = build.load_data(config, tokenizer, warnings.append)
+    _check_spaces(tokenizer, next(prompt for source in sources for prompt in source))
+    steps = build.count_steps(config, sum(map(len, sources)))
     if config.optimizer.warmup_steps >= steps:
         raise ValueError(
             f"optimizer.warmup_steps: got {config.optimizer.warmup_steps}, expected fewer than the "
@@ -116,10 +134,28 @@ def preflight(config: Config, world: int, *, dry_run: bool = False) -> Plan:
         tokenizer=tokenizer,
         vocab_size=vocab_size(tokenizer),
         stop_ids=_check_stop_ids(config, tokenizer, warnings),
-        prompts=prompts,
+        sources=sources,
         held_out=held_out,
         warnings=warnings,
     )
+
+
+def check_writer(config: Config, world: int) -> tuple[Any, int, tuple[int, ...]]:
+    """Check a student that only writes, and its engine; return tokenizer, vocabulary and stop ids.
+
+    Raises:
+        ValueError: one line.
+    """
+    _check_model_folder("student", Path(config.student.path))
+    _stop_at(_obstacles(config), [], dry_run=False)
+    check_layout(world, config.parallel.tp, config.parallel.pp)
+    _check_networks(config)
+    _check_vllm(config)
+    tokenizer = _check_tokenizers(config, lambda line: None)  # there is one: nothing differs
+    size = vocab_size(tokenizer)
+    check_files(config.student.path, vocab_size=size)
+    _stop_at(_unreachable(config, size), [], dry_run=False)
+    return tokenizer, size, _check_stop_ids(config, tokenizer, [])
 
 
 def _stop_at(obstacles: Iterator[str], warnings: list[str], *, dry_run: bool) -> None:
@@ -132,19 +168,21 @@ def _stop_at(obstacles: Iterator[str], warnings: list[str], *, dry_run: bool) ->
 
 def _models(config: Config) -> dict[str, str]:
     """Return the directories of all models, a server's too: its tokenizer counts."""
-    return {"student": config.student.path, **{n: s.path for n, s in _frozen(config).items()}}
+    paths = {"student": config.student.path}
+    paths |= {n: s.path for n, s in _frozen(config).items() if s.path is not None}
+    return paths
 
 
 def _frozen(config: Config) -> dict[str, Frozen]:
-    """Return the sections of the models that are asked and never trained."""
-    sections = {"teacher": config.teacher, "base": config.base}
-    return {name: section for name, section in sections.items() if section is not None}
+    """Return the sections of the models that are asked and never trained, by their keys."""
+    teachers = {key_of_teacher(name): section for name, section in config.judging.items()}
+    return {**teachers, **({"base": config.base} if config.base is not None else {})}
 
 
 def _networks(config: Config) -> dict[str, str]:
-    """Return the directories of the models that are built on our ranks."""
-    served = config.teacher is not None and config.teacher.kind == "server"
-    return {n: path for n, path in _models(config).items() if not (served and n == "teacher")}
+    """Return the directories of the models that are built on our ranks and have their own."""
+    served = {key_of_teacher(n) for n, t in config.judging.items() if t.kind == "server"}
+    return {name: path for name, path in _models(config).items() if name not in served}
 
 
 def _check_model_folder(name: str, path: Path) -> None:
@@ -157,18 +195,31 @@ def _check_model_folder(name: str, path: Path) -> None:
 
 
 def _check_objective(config: Config) -> None:
-    """Check the objective, and that engine and teacher will give it what it wants."""
-    objective = build.build_objective(config)
-    if config.rollout.engine == "replay" and "rollout_ids_CK" in objective.wants:
+    """Check what is minimised, from the first step to the last, and that it gets what it wants."""
+    ends = [build.build_objective(end) for end in schedule.ends(config)]
+    for objective in (build.build_objective(config), *ends):
+        _check_support(config, objective)
+        _check_payloads(config, objective)
+    terms = [term for objective in ends for term in objective.terms]
+    _check_presence(config, terms)
+    _check_drawn(config, terms)
+    _check_rewards(config, terms)
+
+
+def _check_support(config: Config, objective: Objective | Total) -> None:
+    """Check that the engine lists the ids that a support is made of."""
+    given = config.rollout.engine == "replay" or schedule.mixes(config)
+    if given and "rollout_ids_CK" in objective.wants:
         raise ValueError(
-            f"objective.support: got '{config.objective.support}', which wants the ids that the "
-            "engine found most likely, but rollout.engine=replay writes nothing; set student_topk"
+            f"objective.support: got '{_listed(objective)}', which wants the ids that the "
+            "engine found most likely, but the dataset's responses (rollout.engine=replay, "
+            "rollout.data_fraction) have none; set student_topk"
         )
     kept = config.rollout.logprobs
     if kept not in (None, objective.k) and "rollout_ids_CK" in objective.wants:
         raise ValueError(
             f"rollout.logprobs: got {kept}, expected objective.k={objective.k}, the size of the "
-            f"support '{config.objective.support}'; leave it out"
+            f"support '{_listed(objective)}'; leave it out"
         )
     listed, cut = build.listed_ids(config, objective), config.rollout
     vllm = config.rollout.engine in ("vllm", "vllm_server")
@@ -178,10 +229,81 @@ def _check_objective(config: Config) -> None:
             "ids are to come with every token (objective.support, rollout.logprobs), and vLLM "
             "lists them after cutting; cut nothing"
         )
-    payload = config.teacher.payload if config.teacher else "hidden"
-    if payload != "hidden":
-        for obstacle in objective.needs_hidden(topk=payload == "topk"):
-            raise ValueError(f"teacher.payload: got '{payload}', but {obstacle}")
+
+
+def _listed(objective: Objective | Total) -> str:
+    """Name the support that is made of the ids which the engine lists."""
+    found = (term.support for term in objective.terms if "rollout_ids_CK" in term.wants)
+    return next(getattr(support, "__name__", str(support)) for support in found)
+
+
+def _check_payloads(config: Config, objective: Objective | Total) -> None:
+    """Check that every teacher says enough."""
+    for name, teacher in config.judging.items():
+        payload, key = teacher.payload, f"{key_of_teacher(name)}.payload"
+        if payload != "hidden":
+            for obstacle in objective.needs_hidden(topk=payload == "topk"):
+                raise ValueError(f"{key}: got '{payload}', but {obstacle}")
+        if payload != "sampled" and objective.group_normalize != "none":
+            raise ValueError(
+                f"{key}: got '{payload}', expected sampled with objective.group_normalize, which "
+                "compares the rewards of all tokens of a prompt before the loss looks at any"
+            )
+
+
+def _check_presence(config: Config, terms: list[Objective]) -> None:
+    """Check that the models are there which are asked, and no others."""
+    for name, there in (("teacher", bool(config.judging)), ("base", config.base is not None)):
+        asking = [term for term in terms if getattr(term, f"needs_{name}")]
+        if asking and not there:
+            raise ValueError(
+                f"{name}: missing, but {asking[0].told(asked_by(asking[0], name))} asks one; set "
+                f"{name}.path, or an objective that asks none"
+            )
+        if there and not asking:
+            why = ", ".join(term.told(asked_by(term, name)) for term in terms)
+            raise ValueError(f"{name}: set, but {why} asks none; set {name}=null")
+
+
+def _check_drawn(config: Config, terms: list[Objective]) -> None:
+    """Check that losses of drawn tokens get them, and what tells them apart has both kinds."""
+    mixed = schedule.mixes(config)
+    for term in terms:
+        if term.needs_drawn and (mixed or config.rollout.engine == "replay"):
+            raise ValueError(
+                term.told("objective.support: got 'sampled', whose ")
+                + f"{term.divergence} is a mean over tokens that the student draws, but the "
+                "dataset's responses (rollout.engine=replay, rollout.data_fraction) are not drawn; "
+                "set student_topk or full, or in a mix the weight rollout_only"
+            )
+        for weight in term.token_weights:
+            if "drawn_N" in weight.wants and not mixed:
+                raise ValueError(
+                    term.told(f"objective.weights.{weight.name}: tells drawn responses from the ")
+                    + "dataset's, but all of a run are of one kind; set rollout.data_fraction"
+                )
+
+
+def _check_rewards(config: Config, terms: list[Objective]) -> None:
+    """Check that somebody scores the responses where their rewards are wanted."""
+    build.build_training_reward(config)
+    asking = [term for term in terms if term.needs_reward]
+    if asking and config.reward.function is None and config.rollout.engine != "replay":
+        raise ValueError(
+            f"reward.function: missing, but {asking[0].told(asked_by(asking[0], 'reward'))} wants "
+            f"to know what a response is worth; set {', '.join(REWARDS)}, or module:function"
+        )
+
+
+def _without_comparison(config: Config) -> Iterator[str]:
+    """Yield that every response is alone, where its advantage over others is wanted."""
+    objectives = [build.build_objective(end) for end in schedule.ends(config)]
+    asks = any(term.outcome_weight for objective in objectives for term in objective.terms)
+    if asks and config.rollout.n == 1 and config.rollout.engine != "replay":
+        yield (
+            "rollout.n=1: a response has no other to be compared with, so that its advantage is "
+            "its reward"
+        )
 
 
 def _check_vllm(config: Config) -> None:
@@ -231,7 +353,7 @@ def _obstacles(config: Config) -> Iterator[str]:
 
 def _unreachable(config: Config, size: int) -> Iterator[str]:
     """Yield why a server cannot do what it is for."""
-    longest, teacher = config.longest_sequence, config.teacher
+    longest = config.longest_sequence
     try:
         if config.rollout.engine == "vllm_server":
             with closing(build.connect(config.rollout, config)) as server:
@@ -239,10 +361,12 @@ def _unreachable(config: Config, size: int) -> Iterator[str]:
                 k = listed + 1 if listed else 0  # as many as it is asked for
                 server.check(max_length=longest, vocab_size=size, k=k)
                 server.check_updates()
-        if teacher is not None and teacher.kind == "server":
-            k = config.objective.k if teacher.payload == "topk" else 0
-            with closing(build.connect(teacher, config)) as server:
-                server.check(max_length=longest + 1, vocab_size=size, k=k)
+        for teacher in config.judging.values():
+            if teacher.kind == "server":
+                k = build.build_objective(config).k if teacher.payload == "topk" else 0
+                read = config.longest_prompt(teacher) + config.rollout.max_tokens
+                with closing(build.connect(teacher, config)) as server:
+                    server.check(max_length=read + 1, vocab_size=size, k=k)
     except (ValueError, OSError) as problem:
         yield str(problem)
 
@@ -255,9 +379,9 @@ def _weights(config: Config) -> Iterator[str]:
     """Yield the directories whose weights will be read, and are there."""
     if config.student.init == "hf" and _has_weights(config.student.path):
         yield config.student.path
-    for name, section in _frozen(config).items():
-        if name in _networks(config) and _has_weights(section.path):
-            yield section.path
+    for name, path in _networks(config).items():
+        if name != "student" and _has_weights(path):
+            yield path
 
 
 def _check_ranks(config: Config, world: int) -> None:
@@ -274,11 +398,17 @@ def _check_networks(config: Config) -> None:
     tp, pp = config.parallel.tp, config.parallel.pp
     for path in _networks(config).values():
         check_network_layout(path, tp, pp)
-    for name, path in _models(config).items():
-        _check_positions(config, name, path, "rollout.max_tokens", config.rollout.max_tokens)
+    prompt = {"data.max_prompt_tokens": config.data.max_prompt_tokens}
+    response = {"rollout.max_tokens": config.rollout.max_tokens}
+    _check_positions("student", config.student.path, prompt | response)
+    for name, section in _frozen(config).items():
+        longest = config.longest_prompt(section)
+        own = {f"{name}.max_prompt_tokens": longest}
+        read = prompt if longest == config.data.max_prompt_tokens else own
+        _check_positions(name, config.folder(section), read | response)
     if config.eval.prompts and config.eval.max_tokens:  # only the student sees those
-        longest = config.eval.max_tokens
-        _check_positions(config, "student", config.student.path, "eval.max_tokens", longest)
+        longest = {"eval.max_tokens": config.eval.max_tokens}
+        _check_positions("student", config.student.path, prompt | longest)
     transformer_config(
         architecture(config.student.path),
         build.megatron_fields(config),
@@ -289,23 +419,25 @@ def _check_networks(config: Config) -> None:
     )
 
 
-def _check_positions(config: Config, name: str, path: str, key: str, response: int) -> None:
-    positions, prompt = architecture(path).max_positions, config.data.max_prompt_tokens
-    if prompt + response > positions:
+def _check_positions(name: str, path: str, tokens: dict[str, int]) -> None:
+    """Check that a network reaches over all the tokens that keys of the config allow."""
+    positions, total = architecture(path).max_positions, sum(tokens.values())
+    if total > positions:
+        told = " + ".join(f"{key}={number}" for key, number in tokens.items())
         raise ValueError(
-            f"{name}.path: max_position_embeddings={positions} of '{path}', but "
-            f"data.max_prompt_tokens={prompt} + {key}={response} = {prompt + response}; lower one "
-            "of them"
+            f"{name}.path: max_position_embeddings={positions} of '{path}', but {told} = {total}; "
+            "lower one of them"
         )
 
 
 def _check_tokenizers(config: Config, warn: Callable[[str], None]) -> Any:
     """Return the student's tokenizer, after comparing it with the others' and the tables."""
-    tokenizers = {name: _load_tokenizer(name, path) for name, path in _models(config).items()}
+    tokenizers = {name: load_tokenizer(name, path) for name, path in _models(config).items()}
     student = tokenizers["student"]
     for name, section in _frozen(config).items():
-        allow = section.allow_tokenizer_mismatch
-        same_tokenizer(student, tokenizers[name], name=name, allow=allow, warn=warn)
+        if name in tokenizers:  # else it has the student's
+            allow = section.allow_tokenizer_mismatch
+            same_tokenizer(student, tokenizers[name], name=name, allow=allow, warn=warn)
     needed = vocab_size(student)
     for name, path in _models(config).items():
         rows = architecture(path).vocab_rows
@@ -314,11 +446,11 @@ def _check_tokenizers(config: Config, warn: Callable[[str], None]) -> Any:
                 f"{name}.path: vocab_size={rows} of '{path}', expected at least the {needed} ids "
                 "of the student's tokenizer"
             )
-    if config.objective.k > needed:
-        raise ValueError(
-            f"objective.k: got {config.objective.k}, expected at most the {needed} ids of the "
-            "tokenizer"
-        )
+    for key, loss in losses(config).items():
+        if loss.k > needed:
+            raise ValueError(
+                f"{key}.k: got {loss.k}, expected at most the {needed} ids of the tokenizer"
+            )
     return student
 
 
@@ -335,12 +467,12 @@ def _check_stop_ids(config: Config, tokenizer: Any, warnings: list[str]) -> tupl
             f"student.path: neither the tokenizer nor generation_config.json of "
             f"'{config.student.path}' says what ends a response; set rollout.stop_token_ids"
         )
-    if config.teacher is not None:
-        theirs = set(build.stop_ids(config.teacher.path, tokenizer)) - set(stops)
+    for name, teacher in config.judging.items():
+        theirs = set(build.stop_ids(config.folder(teacher), tokenizer)) - set(stops)
         if theirs:
             warnings.append(
-                f"teacher.path: it may end a response with {sorted(theirs)}, where the student "
-                "goes on; add them to rollout.stop_token_ids"
+                f"{key_of_teacher(name)}.path: it may end a response with {sorted(theirs)}, where "
+                "the student goes on; add them to rollout.stop_token_ids"
             )
     return stops
 
@@ -354,7 +486,12 @@ def _check_spaces(tokenizer: Any, prompt: Prompt) -> None:
         )
 
 
-def _load_tokenizer(name: str, path: str) -> Any:
+def load_tokenizer(name: str, path: str) -> Any:
+    """Load the tokenizer of the model that the config calls `name`.
+
+    Raises:
+        ValueError: one line, whatever is wrong with its files.
+    """
     try:
         return build.load_tokenizer(path)
     except Exception as problem:  # of what type depends on what is wrong with the files

@@ -22,7 +22,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_opd import config as cfg
-from megatron_opd.loss import Objective
+from megatron_opd.loss import Objective, Total
 from megatron_opd.metrics import Metrics
 from megatron_opd.model import enter_head
 from megatron_opd.model.pipeline import run_schedule
@@ -30,6 +30,15 @@ from megatron_opd.parallel import Parallel
 from megatron_opd.types import Head, Microbatch, Scores
 
 log = logging.getLogger("megatron_opd")
+OF_EACH_TEACHER = (  # what is also known of each of several, as name@teacher
+    "loss/objective",
+    "distill/reverse_kl",
+    "distill/support_kl",
+    "distill/overlap_ratio",
+    "student/nll",
+    "teacher/nll",
+    "teacher/entropy",
+)
 
 
 class Judgement(NamedTuple):
@@ -124,7 +133,7 @@ def train_step(
     student: Student,
     microbatches: Sequence[Microbatch],
     judgements: Sequence[Judgement],
-    objective: Objective,
+    objective: Objective | Total,
 ) -> Metrics:
     """Take one optimiser step on all microbatches of all replicas; return what it measured.
 
@@ -145,6 +154,9 @@ def train_step(
         hidden_NH = enter_head(hidden, student.parallel).index_select(0, batch.source_N)
         judged = objective(hidden_NH, student.head(), batch, *judgements[index])
         metrics.add(judged.means, judged.maxima)
+        if batch.teacher:
+            own = [name for name in OF_EACH_TEACHER if name in judged.means]
+            metrics.add({f"{name}@{batch.teacher}": judged.means[name] for name in own}, {})
         return judged.loss, judged.count, None
 
     def finalize(chunks: list, count: Tensor, **how):

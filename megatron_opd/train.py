@@ -1,4 +1,4 @@
-"""The loop: generate, pack, score, step, log, save. Everything else is a part that it is given."""
+"""The loop: generate, reward, pack, score, step, log, save. All else is a part that it is given."""
 
 from contextlib import closing
 
@@ -28,11 +28,13 @@ def main(config: cfg.Config) -> None:
             job.log(0, job.evaluate())
         for step in range(start + 1, job.steps + 1):
             clock = Clock()
-            rollouts = job.generate(step, clock)
+            rollouts = job.reward(job.generate(step, clock), clock)
             microbatches = job.pack(rollouts, step)
             judgements = job.score(microbatches)
+            microbatches = job.compare(microbatches, judgements)
             clock.lap("score")
-            metrics = train_step(job.student, microbatches, judgements, job.objective)
+            metrics = train_step(job.student, microbatches, judgements, job.objective_at(step))
+            job.follow(metrics)
             del judgements  # hidden states of every token: gone before the next rollout
             clock.lap("train")
             record = job.measure(metrics, rollouts, microbatches, clock.read())

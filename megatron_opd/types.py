@@ -79,6 +79,11 @@ class Microbatch:
     drawn_N: Tensor | None = None  # [N] fp32: 1 drawn by the engine, 0 not; None: all were
     reward_N: Tensor | None = None  # [N] fp32, of the response; None: nobody scored them
     advantage_N: Tensor | None = None  # [N] fp32, of the response, or of the token itself
+    group_N: Tensor | None = None  # [N] int64: alike for all responses to one prompt of a step
+    teacher: str = ""  # which of several judges all of it
+    context: "Microbatch | None" = None
+    """The same responses in the same order after the prompts that the teacher reads: equal but in
+    what comes before each response. None: the teacher reads what the student reads."""
 
     def to(self, device: torch.device) -> "Microbatch":
         """Return the same microbatch with every tensor but `measured_M` on `device`."""
@@ -88,7 +93,13 @@ class Microbatch:
             else value
             for name, value in vars(self).items()
         }
+        if self.context is not None:
+            moved["context"] = self.context.to(device)
         return Microbatch(**moved)
+
+    def as_judged(self) -> "Microbatch":
+        """Return what the teacher reads: position by position the same targets."""
+        return self.context or self
 
 
 @dataclass(frozen=True)

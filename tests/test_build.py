@@ -1,10 +1,20 @@
-"""What a config's objective asks of engine, teacher and base."""
+"""What a config asks of engine, teacher, base and data."""
 
+import json
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
-from megatron_opd.build import build_objective, connect, judges, samplings
+from megatron_opd.build import (
+    build_objective,
+    connect,
+    count_steps,
+    judges,
+    load_data,
+    load_tokenizer,
+    samplings,
+)
 from megatron_opd.config_file import load_config
 from tests.home import make_home
 
@@ -57,6 +67,44 @@ def test_a_server_is_asked_as_its_section_says(load):
             in_flight = server._places._value
             found.append((server.url, server.timeout, server.retries, in_flight))
     assert found == [("http://x", 7, 1, 9), ("http://y", 8, 2, 9)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps"),
+    [
+        ([], 6),  # 3 passes of 10 // 4
+        (["data.prompts=[prompts.jsonl, prompts.jsonl]", "data.weights=[3, 1]"], 15),
+        (["data.schedule=fixed"], 3),
+        (["data.schedule=one_total"], 3),
+        (["data.schedule=one_per_batch"], 30),
+        (["data.schedule=one_total", "train.steps=7"], 7),
+    ],
+)
+def test_steps_are_counted_by_the_schedule(load, overrides, steps):
+    config = load("train.epochs=3", *overrides)
+    sources, _ = load_data(config, load_tokenizer("student"), print)
+    assert count_steps(config, sum(map(len, sources))) == steps
+
+
+def test_a_step_needs_its_prompts_and_a_share_some_prompt(load):
+    def refusal(*overrides):
+        with pytest.raises(ValueError) as raised:
+            load_data(load(*overrides), load_tokenizer("student"), print)
+        return str(raised.value)
+
+    line = refusal("train.prompts_per_step=11")
+    assert line == "train.prompts_per_step: got 11, expected at most the 10 prompts in data.prompts"
+    assert line == refusal("train.prompts_per_step=11", "data.schedule=fixed")
+    config = load("train.prompts_per_step=11", "data.schedule=one_total")
+    assert len(load_data(config, load_tokenizer("student"), print)[0][0]) == 10
+
+    Path("long.jsonl").write_text(json.dumps({"prompt": "x" * 99}) + "\n")
+    two = ["data.prompts=[prompts.jsonl, long.jsonl]", "data.too_long=drop"]
+    assert refusal(*two, "data.weights=[0.5, 0.5]").startswith(
+        "data.weights: no prompt of 'long.jsonl' is within data.max_prompt_tokens"
+    )
+    sources, _ = load_data(load(*two), load_tokenizer("student"), print)
+    assert [len(source) for source in sources] == [10, 0]
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,8 @@ def test_a_section_can_be_taken_away(load):
     [
         ("optimiser.lr=1", "optimiser: no such key; did you mean optimizer?"),
         ("optimizer.lrr=1", "optimizer.lrr: no such key; did you mean optimizer.lr?"),
+        ("terms.kd.suport=full", "terms.kd.suport: no such key; did you mean terms.kd.support?"),
+        ("teachers.m.pth=x", "teachers.m.pth: no such key; did you mean teachers.m.path?"),
         ("max_tokens=10", "max_tokens: no such key; did you mean rollout.max_tokens?"),
         (
             "data.max_prompts_tokens=3",
@@ -169,26 +171,12 @@ def test_a_missing_file_and_an_empty_one(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["teacher=null"], "teacher: missing, but divergence=reverse_kl"),
-        (
-            ["objective.divergence=cross_entropy", "objective.support=sampled"],
-            "teacher: set, but objective.divergence=cross_entropy uses none",
-        ),
-        (
-            ["objective.extrapolation=1.25"],
-            "base: missing, but objective.extrapolation=1.25 starts from one",
-        ),
-        (["base={path: start}"], "base: set, but objective.extrapolation=1 uses none"),
         (
             ["rollout.mask_format='('"],
             "rollout.mask_format: got '(', expected a regular expression: missing )",
         ),
         (["rollout.temperature=0"], "rollout.temperature: got 0, expected more than 0"),
         (["rollout.engine=replay"], "rollout.n: got 4, expected 1 with rollout.engine=replay"),
-        (
-            ["rollout.engine=replay", "rollout.n=1", "objective.support=sampled"],
-            "objective.support: got 'sampled', which estimates reverse_kl from tokens that",
-        ),
         (
             ["train.microbatch_tokens=8191"],
             "train.microbatch_tokens: got 8191, expected at least 8192",
@@ -218,6 +206,47 @@ def test_a_missing_file_and_an_empty_one(tmp_path):
         (
             ["teacher={kind: server, url: http://x, payload: topk, offload: true}"],
             "teacher.offload: got true, but the server",
+        ),
+        (["teachers={a: {path: big}}"], "teachers: set, and teacher too, which would judge every"),
+        (
+            ["teacher=null", "teachers={1x: {path: big}}"],
+            "teachers: got the name '1x', expected letters, digits",
+        ),
+        (["teacher.path=null"], "teacher.path: missing; name a directory, or set teacher.weights"),
+        (
+            ["teacher=null", "teachers={a: {dtype: float32}}"],
+            "teachers.a.path: missing; name a directory, or set teachers.a.weights",
+        ),
+        (
+            ["teacher.weights=ema"],
+            "teacher.path: got 'big', expected none with weights=ema: network and weights are the "
+            "student's; set teacher.path=null",
+        ),
+        (
+            ["teacher={path: null, weights: live, kind: server, url: http://x, payload: topk}"],
+            "teacher.weights: got 'live', expected file with kind=server",
+        ),
+        (
+            ["teacher={path: null, weights: live, dtype: float32}"],
+            "teacher.dtype: got 'float32', expected null with weights=live",
+        ),
+        (
+            ["teacher={path: null, weights: live, offload: true}"],
+            "teacher.offload: got true, expected false with weights=live",
+        ),
+        (
+            ["teacher={template: opsd, max_prompt_tokens: 3000}", "train.microbatch_tokens=10000"],
+            "train.microbatch_tokens: got 10000, expected at least 10168 = the longest teacher.max_",
+        ),
+        (["base={dtype: float32}"], "base.path: missing"),
+        (["data.weights=[0.7, 0.3]"], "data.weights: got 2, expected 1: one for each file"),
+        (
+            ["data.weights=[1]", "data.schedule=one_total"],
+            "data.weights: set, but data.schedule=one_total shows one prompt for ever",
+        ),
+        (
+            ["data.schedule=one_per_batch", "rollout={engine: replay, n: 1}"],
+            "data.schedule: got 'one_per_batch', whose copies of a prompt differ in their samples",
         ),
         (["eval.every=5"], "eval.prompts: empty, but eval.every"),
         (["eval.n=4"], "eval.n: got 4, expected 1 with eval.temperature=0"),
@@ -255,6 +284,16 @@ def test_values_that_agree(load, overrides):
         (["parallel.sequence_parallel=true", "parallel.tp=2"], []),
         (["eval.reward=math"], ["eval.reward: has no effect"]),
         (["run.keep=3"], ["run.keep: has no effect"]),
+        (["teacher.ema_rate=0.1"], ["teacher.ema_rate: has no effect"]),
+        (["teacher.max_prompt_tokens=9"], ["teacher.max_prompt_tokens: has no effect"]),
+        (
+            ["teacher=null", "teachers={a: {path: big, retries: 1}}"],
+            ["teachers.a.retries: has no effect"],
+        ),
+        (
+            ["teacher={path: null, weights: live}"],
+            ["teacher.weights=live: the teacher is the student and reads what it reads"],
+        ),
         (["train.steps=3", "train.epochs=2"], ["train.epochs: has no effect"]),
         (["rollout.top_p=0.9"], ["rollout.top_p=0.9, rollout.top_k=0: responses come from"]),
         (["rollout.tp=1", "vllm={}"], []),
@@ -280,6 +319,7 @@ def test_values_that_agree(load, overrides):
             ["rollout.engine=replay", "rollout.n=1", "rollout.top_p=0.9", "rollout.batch_size=3"],
             ["rollout.top_p: has no effect", "rollout.batch_size: has no effect"],
         ),
+        (["data.weights=[1]"], ["data.weights: has no effect"]),
         (["objective.jsd_beta=0.3"], ["objective.jsd_beta: has no effect"]),
         (["objective.jsd_beta=0.3", "objective.divergence=jsd"], []),
         (["objective.skew_alpha=0.3"], ["objective.skew_alpha: has no effect"]),
@@ -298,6 +338,13 @@ def test_values_that_agree(load, overrides):
         ),
         (["objective.estimator=k2"], ["objective.estimator: has no effect"]),
         (["objective.estimator=k2", "objective.support=sampled"], []),
+        (["terms.kd={estimator: k2, jsd_beta: 0.3}"], ["terms.kd.jsd_beta", "terms.kd.estimator"]),
+        (
+            ["rollout.temperature=0.5", "terms.rl={support: sampled, divergence: outcome}"],
+            ["rollout.temperature=0.5, terms.rl.student_temperature=1: the sampled-token"],
+        ),
+        (["reward.normalize=mean"], ["reward.normalize: has no effect"]),
+        (["reward={function: math, normalize: mean}"], []),
         (["objective.support=full", "objective.k=8"], []),  # of the metrics
         (["objective.temperature_squared=true"], ["objective.temperature_squared: has no effect"]),
         (
@@ -351,7 +398,7 @@ def test_what_the_loss_gets_is_named_as_it_names_it():
     """Every option of the objective is one of the loss, which is told the rest by `build`."""
     ours = {field.name for field in dataclasses.fields(Objective)}
     corrections = {"correction", "correction_low", "correction_high"}
-    told = {"rollout_temperature", "position_bucket", "max_tokens"} | corrections
+    told = {"name", "rollout_temperature", "position_bucket", "max_tokens"} | corrections
     section, rollout = (sections()[name].model_fields for name in ("objective", "rollout"))
     assert ours - told == set(section)
     known = section | {name: rollout[name] for name in corrections}

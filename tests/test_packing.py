@@ -136,6 +136,62 @@ def test_targets_know_their_response_and_whether_it_is_supervised(sizes, data):
         assert len(numbers) == mb.sequence_N[-1] + 1 == len({r.prompt.index for r in owners})
 
 
+@settings(deadline=None)
+@given(size_lists, st.data())
+def test_a_microbatch_has_one_teacher_and_any_number_of_them_from_the_fewest_on_will_do(
+    sizes, data
+):
+    """So replicas with equally many rollouts can agree, whatever teachers each of them has."""
+    names = data.draw(st.lists(st.sampled_from("abc"), min_size=len(sizes), max_size=len(sizes)))
+    rollouts = [
+        replace(r, prompt=replace(r.prompt, teacher=name))
+        for r, name in zip(make_rollouts(sizes), names, strict=True)
+    ]
+    needed = needed_microbatches(rollouts, LIMIT)
+    packed = pack(
+        rollouts, microbatch_tokens=LIMIT, count=data.draw(st.integers(needed, len(rollouts)))
+    )
+    assert all(len(mb.token_T) <= LIMIT for mb in packed)
+    assert [mb.teacher for mb in packed] == sorted(mb.teacher for mb in packed)
+    trained = [(token, mb.teacher) for mb in packed for token in mb.target_N.tolist()]
+    assert sorted(trained) == sorted(
+        (i, r.prompt.teacher) for r in rollouts for i in r.response_ids
+    )
+    fewest = pack(rollouts, microbatch_tokens=LIMIT)
+    alone = [[r for r in rollouts if r.prompt.teacher == name] for name in sorted(set(names))]
+    assert [len(mb.token_T) for mb in fewest] == [
+        len(mb.token_T) for own in alone for mb in pack(own, microbatch_tokens=LIMIT)
+    ]
+
+
+@settings(deadline=None)
+@given(size_lists, st.data())
+def test_the_teacher_reads_every_response_token_once_after_its_own_prompt(sizes, data):
+    rollouts, read = make_rollouts(sizes), {}
+    for index, rollout in enumerate(rollouts):
+        room = LIMIT + 1 - len(rollout.response_ids)
+        length = data.draw(st.integers(0, min(room, 30)))
+        start = -1000 * (index + 1)
+        ids = tuple(range(start, start + length)) or None  # None: what the student reads
+        read[rollout.response_ids[0]] = ids or rollout.prompt.token_ids
+        rollouts[index] = replace(rollout, prompt=replace(rollout.prompt, teacher_token_ids=ids))
+    multiple = data.draw(st.sampled_from([1, 4]))
+    for mb in pack(rollouts, microbatch_tokens=LIMIT, multiple=multiple):
+        judged = mb.as_judged()
+        for name in ("target_N", "position_N", "sequence_N", "mask_N"):
+            assert torch.equal(getattr(judged, name), getattr(mb, name))
+        assert len(judged.token_T) < LIMIT + multiple and len(judged.token_T) % multiple == 0
+        before = judged.token_T[judged.source_N].tolist()
+        for token, predecessor in zip(mb.target_N.tolist(), before, strict=True):
+            assert predecessor == (read[token][-1] if token in read else token - 1)
+        bounds, seen = judged.cu_seqlens.tolist(), judged.token_T.tolist()
+        firsts = [i for i in mb.target_N.tolist() if i in read]
+        for (begin, end), first in zip(itertools.pairwise(bounds), firsts, strict=False):
+            prompt = read[first]
+            assert seen[begin : begin + len(prompt)] == list(prompt)
+            assert judged.position_T[begin:end].tolist() == list(range(end - begin))
+
+
 def measured(rollouts, **how):
     """The tokens that metrics look at, whatever microbatch they are in."""
     packed = pack(rollouts, microbatch_tokens=LIMIT, **how)

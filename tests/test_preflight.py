@@ -458,3 +458,111 @@ def test_a_tokenizer_that_loses_spaces_is_refused(home):
         tokenizer["pre_tokenizer"] = {"type": "WhitespaceSplit"}
         path.write_text(json.dumps(tokenizer))
     assert "loses the spaces of '<|im_start|>user" in refusal(load())
+
+
+RL = "{support: sampled, form: policy_gradient, divergence: outcome}"
+SFT = "{support: sampled, divergence: cross_entropy}"
+TOKENS = "{support: sampled, form: policy_gradient, group_normalize: std}"
+DRAWN = "{support: sampled, form: policy_gradient}"
+REPLAY = "rollout={engine: replay, n: 1}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["teacher=null"], "teacher: missing, but objective.divergence=reverse_kl asks one"),
+        ([f"objective={SFT}"], "teacher: set, but objective.divergence=cross_entropy asks none"),
+        (
+            [f"objective={RL}", "reward.function=math"],
+            "teacher: set, but objective.divergence=outcome asks none; set teacher=null",
+        ),
+        (
+            [f"objective={SFT}", "teacher=null", "terms.kd={k: 4}"],
+            "teacher: missing, but terms.kd.divergence=reverse_kl asks one",
+        ),
+        (["objective.extrapolation=1.25"], "base: missing, but objective.extrapolation=1.25 asks"),
+        (["base={path: teacher}"], "base: set, but objective.extrapolation=1.0 asks none"),
+        (
+            ["schedules={objective.extrapolation: {start: 1.0, end: 1.5, steps: 9}}"],
+            "base: missing, but objective.extrapolation=1.5 asks one",
+        ),
+        (
+            [f"objective={RL}", "teacher=null"],
+            "reward.function: missing, but objective.divergence=outcome wants to know",
+        ),
+        (
+            [f"terms.rl={RL}"],
+            "reward.function: missing, but terms.rl.divergence=outcome wants to know",
+        ),
+        (
+            ["objective.weights={correct_only: {}}"],
+            "reward.function: missing, but objective.weights.correct_only wants",
+        ),
+        (["reward.function=maths"], "reward.function: got 'maths' "),
+        (
+            [f"objective={SFT}", "teacher=null", REPLAY, "objective.weights={correct_only: {}}"],
+            "prompts.jsonl, row 0: no response",
+        ),
+        ([REPLAY, f"objective={DRAWN}"], "objective.support: got 'sampled', whose reverse_kl is"),
+        (
+            ["rollout.data_fraction=0.5", f"terms.rl={RL}", "reward.function=math"],
+            "terms.rl.support: got 'sampled', whose outcome is a mean over tokens that",
+        ),
+        (
+            ["objective.weights={data_only: {}}"],
+            "objective.weights.data_only: tells drawn responses from the dataset's, but all",
+        ),
+        (
+            [f"objective={TOKENS}"],
+            "teacher.payload: got 'hidden', expected sampled with objective.group_normalize",
+        ),
+        (
+            ["terms.a.veto=2.0"],
+            "terms.a.veto: got 2, expected 0 or more and less than 1",
+        ),
+        (
+            ["schedules={objective.veto: {start: 0.5, end: 1.0, steps: 5}}"],
+            "objective.veto: got 1, expected 0 or more and less than 1",
+        ),
+        (
+            ["schedules={objective.vet: {start: 0.5, end: 0.0, steps: 5}}"],
+            "schedules.objective.vet: no such number, expected one of objective, of terms.NAME, "
+            "or rollout.data_fraction; did you mean objective.veto?",
+        ),
+        (["terms.total={}"], "terms: got 'total', expected a name"),
+        (["terms.kd.k=1000"], "terms.kd.k: got 1000, expected at most the 259 ids"),
+        (
+            ["schedules={rollout.data_fraction: {start: 0.0, end: 2.0, steps: 5}}"],
+            "schedules, at step 6: rollout.data_fraction: Input should be less than or equal to 1",
+        ),
+        (
+            ["teacher.payload=topk", "objective.support=teacher_topk", "terms.kd.support=full"],
+            "teacher.payload: got 'topk', but terms.kd.support=full wants more than teacher_topk",
+        ),
+    ],
+)
+def test_what_losses_want_and_nobody_gives(home, overrides, line):
+    told = refusal(load(*overrides))
+    assert told.startswith(line), told
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [f"objective={RL}", "teacher=null", "reward.function=math"],
+        [f"objective={RL}", "reward.function=math", "objective.weights={rlsd: {}}"],
+        [f"objective={TOKENS}", "teacher.payload=sampled"],
+        [f"objective={DRAWN}", "objective.outcome=1.0", "reward.function=exact_match"],
+        [f"terms.rl={RL}", "terms.rl.weight=0.1", "reward.function=math"],
+        [f"objective={DRAWN}", f"terms.ce={SFT}"],
+    ],
+)
+def test_losses_that_get_what_they_want(home, overrides):
+    assert preflight(load(*overrides), world=1).warnings == []
+
+
+def test_a_response_that_is_alone_is_compared_with_nobody(home):
+    (line,) = check(
+        load(f"objective={RL}", "teacher=null", "reward.function=math", "rollout.n=1"), 1
+    )
+    assert line.startswith("rollout.n=1: a response has no other to be compared with")

@@ -20,6 +20,7 @@ from megatron_opd import train
 from megatron_opd.clock import Clock
 from megatron_opd.config_file import load_config
 from megatron_opd.job import Job
+from megatron_opd.preflight import check
 from megatron_opd.step import train_step
 from tests.distributed import run_ranks
 from tests.hf import hf_model
@@ -245,6 +246,64 @@ def test_the_base_is_what_is_extrapolated_from(home, how):
     first = records(Path("runs/one"))[0]
     assert abs(first["loss/objective"]) < 1e-6 and first["optim/grad_norm"] < 1e-5
     assert first["distill/reverse_kl"] > 0.1  # to the teacher
+
+
+# the loop without what stands beside it
+ALONE = ("eval.prompts=[]", "eval.every=0", "run.tensorboard=false")
+
+
+def texts(folder, step):
+    lines = (folder / f"rollouts/step_{step:06d}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_one_round_of_rollouts_serves_several_updates(home):
+    words = ["run.save_rollouts_every=1", "run.save_every=0", "eval.every=0"]
+    run(1, *words)
+    fresh = [texts(Path("runs/one"), step) for step in (1, 2, 3, 4, 5)]
+    run(1, *words, "train.updates_per_rollout=3", "run.dir=runs/two")
+    again = [texts(Path("runs/two"), step) for step in (1, 2, 3, 4, 5)]
+    stale = [r["rollout/staleness_steps"] for r in records(Path("runs/two"))[1:]]
+    assert stale == [0, 1, 2, 0, 1]
+    for one, other in zip(fresh, again, strict=True):
+        assert [r["prompt"] for r in one] == [r["prompt"] for r in other]
+    responses = [[[row["response"] for row in step] for step in run] for run in (fresh, again)]
+    assert responses[1][0] == responses[0][0] and responses[1][1] != responses[0][1]
+
+
+def test_a_round_survives_a_checkpoint_in_its_middle(home):
+    assert_resumes_exactly("train.updates_per_rollout=3", *ALONE)
+
+
+def test_a_mix_of_the_datasets_responses_and_drawn_ones(home):
+    words = ["objective.support=full", "objective.divergence=jsd", "rollout.data_fraction=0.5"]
+    whole = assert_resumes_exactly(*words, "run.save_rollouts_every=1", *ALONE)
+    rows = [row for step in (1, 2, 3, 4) for row in texts(Path("runs/one"), step)]
+    given, drawn = ([r for r in rows if r["drawn"] == kind] for kind in (False, True))
+    assert given and drawn
+    assert all(r["response"].removesuffix("<|im_end|>") == r["answer"] for r in given)
+    assert 0 < sum(r.get("rollout/data_fraction", 0) for r in whole) < 4
+
+
+def test_replicas_of_a_mix_have_unlike_numbers_of_responses(home):
+    """The dataset answers a prompt once, the engine eight times: one replica has fewer to pack."""
+    words = ["objective.support=full", "rollout.data_fraction=0.5", "rollout.n=8"]
+    run(2, *words, "train.prompts_per_step=2", "train.microbatch_tokens=80", *ALONE)
+    packed = [r["train/microbatches"] for r in records(Path("runs/one"))]
+    assert len(packed) == 5 and max(packed) > 2
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["rollout.engine=replay", "rollout.n=1"], "rollout.data_fraction: got 0.5, expected 0"),
+        (["objective.support=sampled", "objective.form=policy_gradient"], "objective.support: got"),
+        (["objective.support=rollout_topk"], "objective.support: got 'rollout_topk'"),
+    ],
+)
+def test_what_a_mix_does_not_go_with(home, words, line):
+    with pytest.raises(ValueError, match=re.escape(line)):
+        check(load_config(["config.yaml"], [*words, "rollout.data_fraction=0.5"]), 1)
 
 
 def test_metrics_are_taken_at_the_first_step_every_so_often_and_at_the_last(home):

@@ -3,5 +3,6 @@
 from megatron_opd.loss.engine import Loss
 from megatron_opd.loss.objective import Objective
 from megatron_opd.loss.summary import summarize
+from megatron_opd.loss.total import Total
 
-__all__ = ["Loss", "Objective", "summarize"]
+__all__ = ["Loss", "Objective", "Total", "summarize"]

@@ -106,6 +106,31 @@ class PolicyGradient:
         return c_CK.sum(-1), c_CK
 
 
+@dataclass(frozen=True)
+class Clip:
+    """PPO's surrogate of a drawn token with advantage A = −cost and ratio ρ = π/μ:
+
+        D = −min(ρA, clip(ρ, 1 − low, 1 + high)·A), and where A < 0 at most dual·|A|
+
+    (Schulman et al. 1707.06347; dual clip, Ye et al. 1912.09729). None: no such bound.
+    """
+
+    low: float | None
+    high: float | None
+    dual: float | None
+
+    def coefficients(self, ratio_C: Tensor, cost_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return D, c = −ρA (0 where D is flat), and where it is, [C] each."""
+        least = -math.inf if self.low is None else 1 - self.low
+        most = math.inf if self.high is None else 1 + self.high
+        moving_C = ratio_C * cost_C
+        value_C = torch.maximum(moving_C, ratio_C.clamp(least, most) * cost_C)
+        if self.dual is not None:
+            value_C = torch.where(cost_C > 0, value_C.minimum(cost_C * self.dual), value_C)
+        flat_C = value_C != moving_C
+        return value_C, moving_C.masked_fill(flat_C, 0.0), flat_C
+
+
 def divergence(
     f: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], seen: Measure
 ) -> tuple[Tensor, Tensor]:

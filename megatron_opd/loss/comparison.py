@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_opd.loss import candidates, supports
-from megatron_opd.loss.candidates import Measure
+from megatron_opd.loss.candidates import Clip, Measure
 from megatron_opd.loss.dynamics import Tally
 from megatron_opd.loss.fused import HeadGradient, Terms
 from megatron_opd.loss.shard import Projector, Ranks, VocabShard
@@ -60,7 +60,13 @@ class Comparison:
             value_C, c_CK = candidates.divergence(self.o.slope, seen)
         else:
             cost_CK = pg.costs(*seen[:2]) if cost_C is None else cost_C[:, None]
-            value_C, c_CK = pg.coefficients(seen, cost_CK - baseline_C[:, None])
+            cost_CK = cost_CK - baseline_C[:, None]
+            if self.o.outcome_weight:
+                cost_CK = cost_CK - self.o.outcome_weight * view.advantage_N[:, None]
+            if self.o.clip is None:
+                value_C, c_CK = pg.coefficients(seen, cost_CK)
+            else:
+                value_C, c_CK = self._clipped(self.o.clip, seen, view, cost_CK[:, 0])
         if self.gradient is not None:
             gradient_CK, outside_C, over_C = candidates.logit_gradient(seen, c_CK)
             terms = Terms(ids_CK, gradient_CK, z_CK, outside_C, over_C)
@@ -74,12 +80,24 @@ class Comparison:
             return view.topk_kl_N
         return torch.zeros_like(view.mask_N, dtype=self.models.dtype)
 
+    def _clipped(
+        self, clip: Clip, seen: Measure, view: View, cost_C: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return PPO's surrogate and c of the drawn tokens, and count where it is flat."""
+        # both temperatures are one: log p of the loss is that of the policy which drew
+        ratio_C = (seen.s_CK[:, 0] - view.rollout_logp_N).exp()
+        value_C, c_C, flat_C = clip.coefficients(ratio_C, cost_C)
+        measured = {f"policy/clipped_fraction{self.o.suffix}": flat_C.to(self.models.dtype)}
+        self.tally.tokens(measured, view.drawn_mask_N, view.position_N)
+        return value_C, c_C[:, None]
+
     def _on_set(self, view: View, rows: slice) -> tuple[Measure, Tensor, Tensor]:
         """Return what both models say on S, its ids, and the student's logits there."""
         o = self.o
         ids_CK, valid_CK = self._choose(view, rows)
         empty_C = (~valid_CK.any(-1)).to(self.models.dtype)
-        self.tally.tokens({"distill/support_empty": empty_C}, view.mask_N, view.position_N)
+        measured = {f"distill/support_empty{o.suffix}": empty_C}
+        self.tally.tokens(measured, view.mask_N, view.position_N)
         shards = [*view.models, *self._base_shards(rows)]
         if o.over_vocabulary:
             self._mix(shards)

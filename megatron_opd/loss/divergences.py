@@ -80,6 +80,11 @@ def cross_entropy(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return -s, -torch.ones_like(s)
 
 
+def nothing(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """0: what a token costs is its response's advantage, and the models say nothing of it."""
+    return torch.zeros_like(s), torch.zeros_like(s)
+
+
 def of_user(f: Callable[[Tensor, Tensor], Tensor], *, sloped: bool) -> Slope:
     """Return a user's f(s, t) together with ∂f/∂s by autograd; zero where that is not wanted.
 

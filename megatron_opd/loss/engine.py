@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_opd.loss import dynamics
+from megatron_opd.loss.candidates import PolicyGradient
 from megatron_opd.loss.comparison import Comparison, Models
 from megatron_opd.loss.dynamics import Tally
 from megatron_opd.loss.fused import HeadGradient
@@ -78,11 +79,11 @@ class Pass:
                     scale_C = scale_C * weight(view).to(self.dtype)
             if self.o.correction != "none":  # of every token: the ratio is known anyway
                 acts = dynamics.correction(view, *self.o.trusted)
-                self.tally.tokens(acts, view.mask_N, view.position_N)
+                self.tally.tokens(acts, view.drawn_mask_N, view.position_N)
             if self._dense_both:
                 self._measure(self._measured(view, rows))
             cost_C = None if cost_N is None else cost_N[rows]
-            value_C = self.comparison.learn(view, rows, scale_C, cost_C)
+            value_C = self.comparison.learn(view, rows, scale_C * self.o.weight, cost_C)
             total = total + (scale_C * value_C).sum()
         if not self._dense_both:
             for index_M in self.batch.measured_M.split(self._dense_chunk):
@@ -92,8 +93,8 @@ class Pass:
     def run(self) -> Loss:
         """Return the loss with its gradient, and the metrics."""
         total, count = self._judge()
-        self.tally.mean("loss/objective", total, count)
-        loss = total.clone()
+        self.tally.mean(f"loss/{self.o.name}", total, count)
+        loss = total * self.o.weight
         if self.gradient is not None:
             loss = self.gradient.attach(loss, self.hidden_NH, self.head)
         return Loss(loss, count, self.tally.means(), self.tally.maxima)
@@ -125,22 +126,26 @@ class Pass:
     def _costs_of_responses(self) -> Tensor | None:
         """Return the costs of all tokens where one depends on others of its response, [N]."""
         o, pg = self.o, self.o.policy_gradient
-        if pg is None or not (o.discount or o.baseline == "mean"):
+        grouped = o.group_normalize != "none"
+        if pg is None or not (o.discount or o.baseline == "mean" or grouped):
             return None
-        cost_N = torch.cat(
-            [
-                pg.costs(*self.comparison.sampled(self._view(rows), rows)[0][:2])[:, 0]
-                for rows in self._chunks()
-            ]
-        )
         sequence_N, mask_N = self.batch.sequence_N, self.batch.mask_N.to(self.dtype)
-        cost_N = cost_N * mask_N
+        if grouped:
+            assert self.batch.advantage_N is not None
+            cost_N = -self.batch.advantage_N.to(self.dtype) * mask_N
+        else:
+            cost_N = mask_N * torch.cat([self._costs(pg, rows) for rows in self._chunks()])
         if o.discount:
             cost_N = reward_to_go(cost_N, sequence_N, o.discount)
         if o.baseline == "mean":
             length_N = per_sequence_sum(mask_N, sequence_N).clamp(min=1)
             cost_N = cost_N - per_sequence_sum(cost_N * mask_N, sequence_N) / length_N
         return cost_N
+
+    def _costs(self, pg: PolicyGradient, rows: slice) -> Tensor:
+        """Return what each drawn token of a chunk costs by itself."""
+        seen, *_ = self.comparison.sampled(self._view(rows), rows)
+        return pg.costs(*seen[:2])[:, 0]
 
     # Chunks and what is looked at
 
@@ -209,12 +214,14 @@ class Pass:
         values, maxima = dynamics.student(view), {}
         if view.teacher is not None:
             values |= dynamics.teacher(view)
+            for means, entries_N in dynamics.parts(view):
+                self.tally.tokens(means, view.mask_N * entries_N, view.position_N)
         if view.given is not None:
             values |= dynamics.given(view)
         if self.o.rollout_temperature is not None:
-            mismatch, maxima = dynamics.policy(view)
-            values |= mismatch
+            drawn, maxima = dynamics.policy(view)
             if self.batch.rollout_ids_NK is not None:
-                values |= dynamics.topk_mismatch(view, self.batch.rollout_ids_NK[view.rows])
+                drawn |= dynamics.topk_mismatch(view, self.batch.rollout_ids_NK[view.rows])
+            self.tally.tokens(drawn, view.drawn_mask_N, view.position_N)
         self.tally.tokens(values, view.mask_N, view.position_N)
-        self.tally.peaks(maxima, view.mask_N)
+        self.tally.peaks(maxima, view.drawn_mask_N)

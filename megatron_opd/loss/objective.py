@@ -1,7 +1,8 @@
 """Objective = support × divergence × weight: the settings, and what follows from them.
 
 L = Σ_t a_t·w_t·D_t: D compares student p and teacher q on the support, w are the token weights, a
-the aggregation. Every setting is a choice of detached coefficients on log p over a set of entries.
+the aggregation. Every setting is a choice of detached coefficients on log p over a set of entries;
+so is a reward of the whole response, whose advantage is a coefficient of its tokens (GRPO, PPO).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -11,10 +12,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from megatron_opd.loss import divergences, rules, supports
-from megatron_opd.loss.candidates import PolicyGradient
+from megatron_opd.loss import divergences, fits, rules, supports
+from megatron_opd.loss.candidates import Clip, PolicyGradient
 from megatron_opd.loss.engine import Loss, Pass
-from megatron_opd.loss.weights import CORRECTIONS, WEIGHTS, Weight, bind
+from megatron_opd.loss.weights import CORRECTIONS, FROM_THE_TEACHER, WEIGHTS, Weight, bind
 from megatron_opd.types import Head, Microbatch, Scores
 
 
@@ -47,6 +48,11 @@ class Objective:
     reward_floor: float | None = None
     reward_cap: float | None = None
     discount: float = 0.0  # γ of the reward-to-go
+    group_normalize: Literal["none", "mean", "std"] = "none"  # rewards are the batch's advantage_N
+    outcome: float = 0.0  # of the response's advantage, added to a drawn token's reward
+    clip_low: float | None = None  # PPO: of the ratio π/μ of a drawn token
+    clip_high: float | None = None
+    dual_clip: float | None = None
     extrapolation: float = 1.0  # λ: the target is λ·log q + (1−λ)·log of a base model
     veto: float = 0.0  # β: and + β·log p, detached
     student_temperature: float = 1.0
@@ -64,12 +70,17 @@ class Objective:
     position_bucket: int = 0  # metrics also by position, in buckets of this many tokens; 0: not
     max_tokens: int | None = None  # the longest response, for position_bucket
     chunk_tokens: int | None = None  # tokens whose logits exist at once; None: a fixed memory
+    weight: float = 1.0  # of this loss in a sum
+    name: str = "objective"  # of its section; that of a term otherwise
 
     def __post_init__(self):
-        for wrong, line in rules.contradictions(self):
-            if wrong:
-                raise ValueError(line)
-        _ = self.slope, self.choose, self.token_weights  # raise what they have to, now
+        try:
+            for wrong, line in rules.contradictions(self):
+                if wrong:
+                    raise ValueError(line)
+            _ = self.slope, self.choose, self.token_weights  # raise what they have to, now
+        except ValueError as error:
+            raise ValueError(self.told(str(error))) from None
 
     def __call__(
         self,
@@ -88,14 +99,56 @@ class Objective:
         Raises:
             ValueError: a teacher or base too many or too few, or one that cannot serve.
         """
-        for wrong, line in rules.misfits(self, head, batch, teacher, base):
+        for wrong, line in fits.misfits(self, head, batch, teacher, base):
             if wrong:
-                raise ValueError(line)
+                raise ValueError(self.told(line))
         return Pass(self, hidden_NH, head, batch, teacher, base).run()
+
+    def told(self, line: str) -> str:
+        """Return a line about the objective section as one about this one."""
+        mine = self.name == "objective"
+        return line if mine else line.replace("objective.", f"terms.{self.name}.")
+
+    @property
+    def terms(self) -> tuple["Objective", ...]:
+        """Return what is summed: itself alone."""
+        return (self,)
+
+    @property
+    def suffix(self) -> str:
+        """Return what tells the metrics of a term from the objective's."""
+        return "" if self.name == "objective" else f".{self.name}"
 
     @property
     def needs_teacher(self) -> bool:
-        return self.divergence != "cross_entropy"
+        """Whether divergence or weights ask a teacher."""
+        asks = any(name in FROM_THE_TEACHER for w in self.token_weights for name in w.wants)
+        return asks or self.divergence not in rules.WITHOUT_TEACHER
+
+    @property
+    def needs_reward(self) -> bool:
+        """Whether it wants rewards of whole responses."""
+        return self.needs_advantage or any("reward_N" in w.wants for w in self.token_weights)
+
+    @property
+    def needs_advantage(self) -> bool:
+        """Whether it wants how much more than the others of their prompt they are worth."""
+        asks = any("advantage_N" in weight.wants for weight in self.token_weights)
+        return asks or self.outcome_weight != 0
+
+    @property
+    def needs_drawn(self) -> bool:
+        """Whether the student must have drawn every token that counts, or the mean is another's.
+
+        So it is of rewards of drawn tokens, unless the weight rollout_only leaves others out.
+        """
+        estimates = self.divergence == "reverse_kl" or self.outcome_weight or self.clip
+        return self.support == "sampled" and bool(estimates) and "rollout_only" not in self.weights
+
+    @property
+    def outcome_weight(self) -> float:
+        """Return the factor of the response's advantage."""
+        return 1.0 if self.divergence == "outcome" else self.outcome
 
     @property
     def needs_base(self) -> bool:
@@ -129,8 +182,9 @@ class Objective:
         """Return f(s, t) with ∂f/∂s, which a cost does not need."""
         if callable(self.divergence):
             return divergences.of_user(self.divergence, sloped=self.form == "direct")
-        if self.divergence == "cross_entropy":
-            return divergences.cross_entropy
+        if self.divergence in rules.WITHOUT_TEACHER:
+            alone = {"cross_entropy": divergences.cross_entropy, "outcome": divergences.nothing}
+            return alone[self.divergence]
         if self.support == "sampled":
             return divergences.OF_ONE_DRAW[self.estimator]
         if self.form == "policy_gradient":
@@ -154,6 +208,12 @@ class Objective:
             floor=self.reward_floor,
             cap=self.reward_cap,
         )
+
+    @property
+    def clip(self) -> Clip | None:
+        """Return where PPO's surrogate is flat; None: there is no ratio."""
+        bounds = self.clip_low, self.clip_high, self.dual_clip
+        return None if bounds == (None, None, None) else Clip(*bounds)
 
     @cached_property
     def token_weights(self) -> tuple[Weight, ...]:

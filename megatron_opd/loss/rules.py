@@ -6,18 +6,19 @@ Each rule is (is it so, what to tell the user), the line in terms of the config'
 import difflib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
 
 from megatron_opd.loss import divergences, supports
-from megatron_opd.loss.shard import Ranks
 from megatron_opd.loss.weights import WEIGHTS
-from megatron_opd.types import Head, HiddenScores, Microbatch, Scores, TopKScores
 
 if TYPE_CHECKING:
     from megatron_opd.loss.objective import Objective
 
 SUPPORTS = (*supports.SUPPORTS, "full")
-DIVERGENCES = (*divergences.OVER_A_SET, "cross_entropy")
+WITHOUT_TEACHER = ("cross_entropy", "outcome")
+DIVERGENCES = (*divergences.OVER_A_SET, *WITHOUT_TEACHER)
+REWARDS = ("baseline", "reward_floor", "reward_cap")  # what is done to a token's own
 Rules = Iterator[tuple[bool, str]]
 
 
@@ -28,6 +29,9 @@ def contradictions(o: "Objective") -> Rules:
     yield from _divergence_and_form(o)
     yield from _sets(o)
     yield from _rewards(o)
+    yield from _outcome(o)
+    yield from _groups(o)
+    yield from _clip(o)
     yield from _target(o)
     yield from _correction(o)
     yield (
@@ -55,23 +59,33 @@ def _numbers(o: "Objective") -> Rules:
         value = getattr(o, name)
         wrong = value is not None and not value > 0
         yield wrong, f"objective.{name}: got {value}, expected more than 0"
+    for name in ("weight", "outcome"):
+        value = getattr(o, name)
+        yield not math.isfinite(value), f"objective.{name}: got {value}, expected a number"
 
 
 def _divergence_and_form(o: "Objective") -> Rules:
     hard, user = o.divergence == "cross_entropy", callable(o.divergence)
     pg, sampled = o.form == "policy_gradient", o.support == "sampled"
+    of_one = o.divergence in ("reverse_kl", *WITHOUT_TEACHER)
     yield (
-        hard and not sampled,
+        o.divergence in WITHOUT_TEACHER and not sampled,
         f"objective.support: got {_show(o.support)}, expected 'sampled' with "
-        "objective.divergence=cross_entropy",
+        f"objective.divergence={o.divergence}",
     )
     yield (
-        sampled and not (hard or user or o.divergence == "reverse_kl"),
-        f"objective.divergence: got '{o.divergence}', expected reverse_kl or cross_entropy with "
-        "objective.support=sampled: the others need more of the distribution than one token",
+        sampled and not (of_one or user),
+        f"objective.divergence: got '{o.divergence}', expected reverse_kl, cross_entropy or "
+        "outcome with objective.support=sampled: the others need more of the distribution than "
+        "one token",
     )
     yield (
-        sampled and not pg and not hard and not user and o.estimator == "k1",
+        o.divergence == "outcome" and not pg,
+        "objective.form: got 'direct', expected 'policy_gradient' with divergence=outcome: an "
+        "advantage is a number that has no gradient of its own",
+    )
+    yield (
+        sampled and not pg and o.divergence == "reverse_kl" and o.estimator == "k1",
         "objective.estimator: got 'k1' with form=direct, which cannot learn: the gradient of "
         "log p(y) − log q(y) is that of log p(y), whose mean over y ~ p is zero whatever the "
         "teacher says; set objective.form=policy_gradient, or estimator=k2 (reverse KL)",
@@ -81,8 +95,8 @@ def _divergence_and_form(o: "Objective") -> Rules:
         "objective.form: got 'policy_gradient', expected 'direct' with divergence=cross_entropy",
     )
     yield (
-        pg and not user and o.divergence != "reverse_kl",
-        f"objective.divergence: got '{o.divergence}', expected reverse_kl with "
+        pg and not user and o.divergence not in ("reverse_kl", "outcome"),
+        f"objective.divergence: got '{o.divergence}', expected reverse_kl or outcome with "
         "form=policy_gradient, or a function f(s, t) that is the cost of a candidate",
     )
 
@@ -110,17 +124,7 @@ def _sets(o: "Objective") -> Rules:
 
 def _rewards(o: "Objective") -> Rules:
     pg, sampled = o.form == "policy_gradient", o.support == "sampled"
-    given = [
-        name
-        for name, default in (
-            ("baseline", "none"),
-            ("reward_floor", None),
-            ("reward_cap", None),
-            ("discount", 0.0),
-            ("center_on_support", False),
-        )
-        if getattr(o, name) != default
-    ]
+    given = _given(o, *REWARDS, "discount", "center_on_support")
     yield (
         not pg and bool(given),
         f"objective.{given[0] if given else ''}: only form=policy_gradient has rewards; set that, "
@@ -159,10 +163,102 @@ def _rewards(o: "Objective") -> Rules:
     )
 
 
+def _given(o: "Objective", *names: str) -> list[str]:
+    """Return which of these options have another value than they have by default."""
+    defaults = {field.name: field.default for field in fields(o)}
+    return [name for name in names if getattr(o, name) != defaults[name]]
+
+
+def _outcome(o: "Objective") -> Rules:
+    alone, drawn = o.divergence == "outcome", _of_drawn(o)
+    given = _given(o, *REWARDS, "discount")
+    yield (
+        alone and bool(given),
+        f"objective.{''.join(given[:1])}: expected its default with divergence=outcome, whose one "
+        "reward is the response's advantage (reward.normalize)",
+    )
+    yield (
+        alone and o.outcome != 0,
+        f"objective.outcome: got {o.outcome:g}, expected 0 with divergence=outcome, which is that "
+        "advantage alone; set objective.weight",
+    )
+    yield (
+        o.outcome != 0 and not drawn,
+        f"objective.outcome: got {o.outcome:g}, expected 0 unless support=sampled and "
+        "form=policy_gradient: a response's advantage is of the tokens that were drawn; beside "
+        "another support set a term with divergence=outcome",
+    )
+
+
+def _groups(o: "Objective") -> Rules:
+    grouped = o.group_normalize != "none"
+    ratio = _of_drawn(o) and o.divergence == "reverse_kl" and o.estimator == "k1"
+    given = _given(o, *REWARDS, "outcome", "extrapolation", "veto")
+    yield (
+        grouped and not ratio,
+        f"objective.group_normalize: got '{o.group_normalize}', expected 'none' unless "
+        "support=sampled, form=policy_gradient, divergence=reverse_kl and estimator=k1: what is "
+        "normalised over a prompt's responses is log q − log p of the tokens drawn",
+    )
+    yield (
+        grouped and bool(given),
+        f"objective.{''.join(given[:1])}: expected its default with objective.group_normalize: "
+        "the rewards that it compares are log q − log p as they are",
+    )
+    yield (
+        grouped and any("advantage_N" in weight.wants for weight in o.token_weights),
+        "objective.weights: one wants the response's advantage, but with objective."
+        "group_normalize every token has one of its own; leave it out",
+    )
+    yield (
+        grouped and o.rollout_temperature is None,
+        f"objective.group_normalize: got '{o.group_normalize}', expected 'none': no engine drew "
+        "the responses (rollout.engine=replay), and so there is no log p of theirs",
+    )
+
+
+def _clip(o: "Objective") -> Rules:
+    given = _given(o, "clip_low", "clip_high", "dual_clip")
+    first, drawn = f"objective.{''.join(given[:1])}", o.rollout_temperature
+    yield (
+        bool(given) and not _of_drawn(o),
+        f"{first}: only a drawn token has a ratio to clip; set support=sampled and "
+        "form=policy_gradient, or leave it out",
+    )
+    yield (
+        bool(given) and o.correction != "none",
+        f"rollout.correction: got '{o.correction}', expected none with {first}: both weigh a "
+        "token by π/μ, and together by its square",
+    )
+    yield (
+        bool(given) and drawn is None,
+        f"{first}: expected null: no engine drew the responses (rollout.engine=replay), and so "
+        "there is no ratio",
+    )
+    yield (
+        bool(given) and drawn is not None and drawn != o.student_temperature,
+        f"objective.student_temperature: got {o.student_temperature:g}, expected rollout."
+        f"temperature={drawn or 0:g} with {first}: the ratio is that of what is trained",
+    )
+    for name, least, most in (("clip_low", 0, 1), ("clip_high", 0, math.inf)):
+        value = getattr(o, name)
+        bounds = f"{least} to {most}" if math.isfinite(most) else f"{least} or more"
+        wrong = value is not None and not least <= value <= most
+        yield wrong, f"objective.{name}: got {value}, expected {bounds}"
+    yield (
+        o.dual_clip is not None and not o.dual_clip > 1,
+        f"objective.dual_clip: got {o.dual_clip}, expected more than 1, where π = μ",
+    )
+
+
+def _of_drawn(o: "Objective") -> bool:
+    return o.form == "policy_gradient" and o.support == "sampled"
+
+
 def _target(o: "Objective") -> Rules:
     yield (
-        o.divergence == "cross_entropy" and (o.extrapolation != 1.0 or o.veto != 0.0),
-        "objective.extrapolation, objective.veto: cross_entropy has no teacher to change",
+        o.divergence in WITHOUT_TEACHER and (o.extrapolation != 1.0 or o.veto != 0.0),
+        f"objective.extrapolation, objective.veto: {o.divergence} has no teacher to change",
     )
     yield (
         not math.isfinite(o.extrapolation),
@@ -229,55 +325,3 @@ def _unknown_names(o: "Objective") -> Rules:
 
 def _show(name: str | Callable) -> str:
     return f"'{name}'" if isinstance(name, str) else getattr(name, "__name__", repr(name))
-
-
-def misfits(
-    o: "Objective", head: Head, batch: Microbatch, teacher: Scores | None, base: Scores | None
-) -> Rules:
-    """Yield (is it so, what to say) of what the call brings."""
-    for name, scores, needed in (
-        ("teacher", teacher, o.needs_teacher),
-        ("base", base, o.needs_base),
-    ):
-        key = "divergence" if name == "teacher" else "extrapolation"
-        yield (
-            (scores is not None) != needed,
-            f"{name}: got {'none' if scores is None else 'one'}, but objective.{key}="
-            f"{getattr(o, key)} {'needs one' if needed else 'uses none'}",
-        )
-        yield from _unserved(o, name, scores, head)
-    yield (
-        "rollout_ids_CK" in o.wants and batch.rollout_ids_NK is None,
-        "objective.support: rollout_topk needs the engine's top ids with every rollout, and "
-        "these have none",
-    )
-    yield (
-        o.needs_teacher and o.k > head.vocab_size,
-        f"objective.k: got {o.k}, expected at most the vocabulary's {head.vocab_size}",
-    )
-
-
-def _unserved(o: "Objective", name: str, scores: Scores | None, head: Head) -> Rules:
-    """Yield what these scores cannot say."""
-    if isinstance(scores, HiddenScores):
-        yield (
-            scores.head.vocab_size != head.vocab_size,
-            f"{name}: got a head of {scores.head.vocab_size} entries, expected the student's "
-            f"{head.vocab_size}; give both the tokenizer's size",
-        )
-        yield (
-            (o.support == "full" or o.baseline == "kl" or o.mixes_vocabulary)
-            and Ranks(head.group).size > 1
-            and len(scores.head.weight_VH) != len(head.weight_VH),
-            f"{name}: got {len(scores.head.weight_VH)} head rows on this rank, expected the "
-            f"student's {len(head.weight_VH)}: entries of the whole vocabulary are compared "
-            "where they are; build it with the student's padded vocabulary",
-        )
-    elif scores is not None:
-        for obstacle in o.needs_hidden(topk=isinstance(scores, TopKScores)):
-            yield True, f"{name}: got {type(scores).__name__}, but {obstacle}"
-        yield (
-            scores.temperature != o.teacher_temperature,
-            f"{name}: scored at temperature {scores.temperature:g}, but objective."
-            f"teacher_temperature={o.teacher_temperature:g}",
-        )

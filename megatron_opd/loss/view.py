@@ -40,6 +40,30 @@ class View:
         self.target_N, self.mask_N = batch.target_N[rows], batch.mask_N[rows]
         self.position_N, self.sequence_N = batch.position_N[rows], batch.sequence_N[rows]
         self.rollout_logp_N = batch.rollout_logp_N[rows]
+        self._batch = batch
+
+    @cached_property
+    def drawn_N(self) -> Tensor:
+        """1 where the engine drew the token."""
+        drawn_N = self._batch.drawn_N
+        return torch.ones_like(self.mask_N) if drawn_N is None else drawn_N[self.rows]
+
+    @property
+    def drawn_mask_N(self) -> Tensor:
+        """1 where a supervised token was drawn by the engine."""
+        return self.mask_N * self.drawn_N
+
+    @property
+    def reward_N(self) -> Tensor:
+        """What the token's response is worth."""
+        assert self._batch.reward_N is not None, "nobody scored the responses"
+        return self._batch.reward_N[self.rows]
+
+    @property
+    def advantage_N(self) -> Tensor:
+        """How much more than the others of its prompt; or the token's own, by group_normalize."""
+        assert self._batch.advantage_N is not None, "nobody scored the responses"
+        return self._batch.advantage_N[self.rows]
 
     @property
     def models(self) -> tuple[VocabShard, ...]:
@@ -158,11 +182,12 @@ class View:
         """Δ = log π(y) − log μ(y): the student's word against the rollout engine's.
 
         π is the student at the rollout's temperature, which is its own divided by the ratio. The
-        teacher is not asked: a correction alone must not multiply its head.
+        teacher is not asked: a correction alone must not multiply its head. A token that nobody
+        drew has no μ to differ from: 0.
         """
         ratio = self.rollout_ratio
         assert ratio is not None, "nothing was drawn"
         lse_N = self.student.logsumexp(ratio)  # first: it makes the dense logits that `at` reads
         z_N = self.student.at(self.target_N[:, None])[:, 0] * ratio
         z_N, lse_N = self.ranks.logsumexp(torch.stack([z_N, lse_N]))
-        return z_N - lse_N - self.rollout_logp_N
+        return torch.where(self.drawn_N != 0, z_N - lse_N - self.rollout_logp_N, 0.0)

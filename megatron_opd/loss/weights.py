@@ -78,6 +78,42 @@ def sod_step(
     return torch.where(position_N < step_tokens, 1.0, weight_N)
 
 
+def correct_only(reward_N: Tensor, *, threshold: float = 0.5) -> Tensor:
+    """1 in responses that are worth more than the threshold (KDRL's mask, SCOPE, SRPO)."""
+    return (reward_N > threshold).to(reward_N.dtype)
+
+
+def incorrect_only(reward_N: Tensor, *, threshold: float = 0.5) -> Tensor:
+    """1 in the others."""
+    return (reward_N <= threshold).to(reward_N.dtype)
+
+
+def rlsd(
+    student_logp_N: Tensor,
+    teacher_logp_N: Tensor,
+    advantage_N: Tensor,
+    *,
+    share: float = 0.5,
+    eps: float = 0.2,
+) -> Tensor:
+    """1 − λ + λ·clip(exp(sign(A)·(log q − log p)), 1 − ε, 1 + ε) with λ = share (RLSD).
+
+    Of divergence=outcome: praise and blame go where the teacher would have given them.
+    """
+    gap_N = advantage_N.sign() * (teacher_logp_N - student_logp_N)
+    return 1 - share + share * gap_N.exp().clamp(1 - eps, 1 + eps)
+
+
+def data_only(drawn_N: Tensor) -> Tensor:
+    """1 in the dataset's responses (rollout.data_fraction)."""
+    return 1 - drawn_N
+
+
+def rollout_only(drawn_N: Tensor) -> Tensor:
+    """1 in responses that the engine drew."""
+    return drawn_N
+
+
 def tis(log_ratio_N: Tensor, *, low: float, high: float) -> Tensor:
     """min(π/μ, high): truncated importance sampling, which knows no low."""
     return log_ratio_N.exp().clamp(max=high)
@@ -105,17 +141,24 @@ WEIGHTS: dict[str, Callable[..., Tensor]] = {
     "position_decay": position_decay,
     "prune_drift": prune_drift,
     "sod_step": sod_step,
+    "correct_only": correct_only,
+    "incorrect_only": incorrect_only,
+    "rlsd": rlsd,
+    "data_only": data_only,
+    "rollout_only": rollout_only,
 }
 CORRECTIONS: dict[str, Callable[..., Tensor]] = {"tis": tis, "icepop": icepop, "mask": mask}
-FROM_THE_BATCH = ("position_N", "sequence_N", "mask_N", "rollout_logp_N")
-FROM_THE_MODELS = (
-    "student_logp_N",
-    "teacher_logp_N",
-    "student_entropy_N",
-    "teacher_entropy_N",
-    "overlap_N",
-    "log_ratio_N",
+FROM_THE_BATCH = (
+    "position_N",
+    "sequence_N",
+    "mask_N",
+    "rollout_logp_N",
+    "drawn_N",
+    "reward_N",
+    "advantage_N",
 )
+FROM_THE_TEACHER = ("teacher_logp_N", "teacher_entropy_N", "overlap_N")
+FROM_THE_MODELS = ("student_logp_N", "student_entropy_N", "log_ratio_N", *FROM_THE_TEACHER)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,9 @@ class Problem:
     position: Tensor  # [N]
     sequence: Tensor  # [N]
     rollout_ids: Tensor  # [N, K]
+    reward: Tensor  # [N], of the response
+    advantage: Tensor  # [N]
+    drawn: Tensor  # [N]
 
     @property
     def vocab_size(self) -> int:
@@ -88,6 +91,7 @@ def make_problem(
         mask[n - lengths[-1] :] = 0.0
     student, teacher, base = network(h), network(h - 2), network(h + 1)
     target = torch.randint(v, (n,), generator=g)
+    sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     return Problem(
         student=student,
         teacher=teacher,
@@ -97,8 +101,11 @@ def make_problem(
         # an engine that is nearly, but not quite, of the student's opinion
         rollout_logp=student.logits().log_softmax(-1)[range(n), target] + normal(n) / 2,
         position=torch.cat([torch.arange(length) for length in lengths]),
-        sequence=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)),
+        sequence=sequence,
         rollout_ids=torch.rand(n, v, generator=g).argsort(-1)[:, :k],
+        reward=(sequence % 2).double(),
+        advantage=normal(len(lengths))[sequence],
+        drawn=torch.ones(n, dtype=torch.float64),
     )
 
 
@@ -179,6 +186,9 @@ def batch_of(problem: Problem, **fields) -> Microbatch:
         sequence_N=problem.sequence,
         measured_M=problem.mask.nonzero().flatten(),
         rollout_ids_NK=problem.rollout_ids,
+        reward_N=problem.reward,
+        advantage_N=problem.advantage,
+        drawn_N=None if problem.drawn.all() else problem.drawn,
     )
     return Microbatch(**{**known, **fields})
 
@@ -276,10 +286,18 @@ def policy_gradient(o: Objective, problem: Problem, s_NV: Tensor, t_NV: Tensor, 
     low = -math.inf if o.reward_floor is None else o.reward_floor
     high = math.inf if o.reward_cap is None else o.reward_cap
     costs = [-(-formulas.cost(o, s, t).detach()).clamp(low, high) for s, t in pairs]
+    if o.group_normalize != "none":
+        costs = [-advantage[None] for advantage in problem.advantage]
     costs = compared(o, problem, rewards_to_go(o, problem, costs))
     values, surrogates = [], []
     for i, (ids, (s, t)) in enumerate(zip(sets, pairs, strict=True)):
         cost = costs[i] - formulas.baseline(o, s_NV[i], t_NV[i])
+        cost = cost - formulas.outcome(o) * problem.advantage[i]
+        if (o.clip_low, o.clip_high, o.dual_clip) != (None, None, None):
+            clipped = formulas.ppo(o, (s[0] - problem.rollout_logp[i]).exp(), -cost[0])
+            values.append(clipped.detach())
+            surrogates.append(clipped)
+            continue
         w = formulas.reward_weights(o, s.detach(), t)
         if o.center_on_support:
             cost = cost - (w * cost).sum() / w.sum()
@@ -356,20 +374,26 @@ def facts(o: Objective, problem: Problem, s_NV: Tensor, t_NV: Tensor) -> dict[st
         "teacher_entropy_N": -(t_NV.exp() * t_NV).sum(-1),
         "overlap_N": torch.tensor(shared, dtype=torch.float64),
         "log_ratio_N": torch.tensor(ratios(o, problem), dtype=torch.float64).log(),
+        "reward_N": problem.reward,
+        "advantage_N": problem.advantage,
+        "drawn_N": problem.drawn,
     }
 
 
 def ratios(o: Objective, problem: Problem) -> list[float]:
-    """Return π/μ of every token: the student at the rollout's temperature, and the engine."""
+    """Return π/μ of every token: the student at the rollout's temperature, and the engine.
+
+    A token that nobody drew has none: 1.
+    """
     z_NV = problem.student.logits().detach()
     log_pi_NV = torch.log_softmax(z_NV / (o.rollout_temperature or 1), -1)
     log_pi_N = log_pi_NV[range(len(z_NV)), problem.target]
-    return (log_pi_N - problem.rollout_logp).exp().tolist()
+    return torch.where(problem.drawn != 0, log_pi_N - problem.rollout_logp, 0).exp().tolist()
 
 
 def corrected(o: Objective, problem: Problem) -> tuple[int, int]:
-    """Return how many supervised tokens the correction acts on, and how many there are."""
-    supervised = (problem.mask != 0).tolist()
+    """Return on how many supervised, drawn tokens the correction acts, and how many there are."""
+    supervised = (problem.mask * problem.drawn != 0).tolist()
     acts = [formulas.corrected(o, x) for x in ratios(o, problem)]
     return sum(a and b for a, b in zip(acts, supervised, strict=True)), sum(supervised)
 

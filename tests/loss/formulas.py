@@ -81,6 +81,8 @@ def cost(o, s: Tensor, t: Tensor) -> Tensor:
     """Return what one drawn entry says of D: the negative reward of the policy gradient."""
     if callable(o.divergence):
         return o.divergence(s, t)
+    if o.divergence == "outcome":
+        return 0 * s
     d = s - t
     if o.support != "sampled" or o.estimator == "k1":
         return d
@@ -100,6 +102,21 @@ def baseline(o, s_V: Tensor, t_V: Tensor) -> Tensor | float:
         ids = best(s_V, o.k)
         s_V, t_V = s_V[ids].log_softmax(-1), t_V[ids].log_softmax(-1)
     return (s_V.exp() * (s_V - t_V)).sum() if o.baseline in ("kl", "topk_kl") else 0.0
+
+
+def outcome(o) -> float:
+    """Return what the response's advantage counts."""
+    return 1.0 if o.divergence == "outcome" else o.outcome
+
+
+def ppo(o, ratio: Tensor, advantage: Tensor) -> Tensor:
+    """Return −min(ρA, clip(ρ)·A), and where A < 0 with a dual clip −max(min(…), c·A)."""
+    low = 0.0 if o.clip_low is None else 1 - o.clip_low
+    high = math.inf if o.clip_high is None else 1 + o.clip_high
+    gain = torch.min(ratio * advantage, ratio.clamp(low, high) * advantage)
+    if o.dual_clip is not None and advantage < 0:
+        gain = torch.max(gain, o.dual_clip * advantage)
+    return -gain
 
 
 def reward_weights(o, s_S: Tensor, t_S: Tensor) -> Tensor:
@@ -153,6 +170,15 @@ def sod_step(
     return weight_N
 
 
+def rlsd(student_logp_N, teacher_logp_N, advantage_N, share=0.5, eps=0.2):
+    weight_N = torch.ones_like(student_logp_N)
+    for i, a in enumerate(advantage_N):
+        ratio = math.exp(teacher_logp_N[i] - student_logp_N[i])
+        likely = ratio if a > 0 else 1 / ratio
+        weight_N[i] = (1 - share) + share * min(max(likely, 1 - eps), 1 + eps)
+    return weight_N
+
+
 def corrected(o, ratio: float) -> bool:
     """Say whether the correction acts on a token."""
     low = ratio < o.correction_low and o.correction != "tis"
@@ -173,4 +199,9 @@ WEIGHTS = dict(
     position_decay=position_decay,
     prune_drift=prune_drift,
     sod_step=sod_step,
+    correct_only=lambda reward_N, threshold=0.5: (reward_N > threshold).double(),
+    incorrect_only=lambda reward_N, threshold=0.5: (reward_N <= threshold).double(),
+    rlsd=rlsd,
+    data_only=lambda drawn_N: (drawn_N == 0).double(),
+    rollout_only=lambda drawn_N: (drawn_N != 0).double(),
 )

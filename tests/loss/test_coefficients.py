@@ -21,6 +21,7 @@ Z, Z_TEACHER, Z_BASE = torch.randn(
     3, V, generator=torch.Generator().manual_seed(8), dtype=torch.float64
 )
 B, LAMBDA, ADVANTAGE = 0.3, 1.25, 0.7
+LOG_MU = (Z.log_softmax(-1)[Y] - 0.3).item()  # the engine found the drawn token less likely
 
 
 def token(z=Z):
@@ -66,9 +67,9 @@ def anti_sd(s, t):
     return 0.5 * LAMBDA * (torch.nn.functional.softplus(t - s) - math.log(2))
 
 
-def grpo(s, t):
-    """A cost that comes from elsewhere."""
-    return torch.full_like(s, -ADVANTAGE)
+def ratio(x):
+    """Return π/μ of the token that was drawn."""
+    return (x.s[Y] - LOG_MU).exp()
 
 
 DRAWN = dict(support="sampled")
@@ -159,7 +160,32 @@ TABLE = {
         None,
         lambda x: (x.s - x.b - LAMBDA * (x.t - x.b)) * x.y,
     ),
-    "GRPO": (dict(DRAWN, **PG, divergence=grpo), None, lambda x: -ADVANTAGE * x.y),
+    "GRPO": (dict(DRAWN, **PG, divergence="outcome"), None, lambda x: -ADVANTAGE * x.y),
+    "plus_grpo": (
+        dict(DRAWN, **PG, outcome=0.4),
+        None,
+        lambda x: (x.d - 0.4 * ADVANTAGE) * x.y,
+    ),
+    "token_grpo": (
+        dict(DRAWN, **PG, group_normalize="std", discount=1.0),
+        None,
+        lambda x: -ADVANTAGE * x.y,
+    ),
+    "PPO": (
+        dict(DRAWN, **PG, divergence="outcome", clip_low=0.9, clip_high=0.9),
+        lambda x: -ratio(x) * ADVANTAGE,
+        lambda x: -ratio(x) * ADVANTAGE * x.y,
+    ),
+    "PPO, clipped": (
+        dict(DRAWN, **PG, divergence="outcome", clip_low=0.1, clip_high=0.1),
+        lambda x: x.s.sum() * 0 - 1.1 * ADVANTAGE,
+        lambda x: 0 * x.y,
+    ),
+    "RLSD": (
+        dict(DRAWN, **PG, divergence="outcome", weights={"rlsd": dict(share=B, eps=9.0)}),
+        None,
+        lambda x: -ADVANTAGE * ((1 - B) + B * (-x.d[Y]).exp()) * x.y,
+    ),
 }
 
 
@@ -167,9 +193,10 @@ TABLE = {
 def test_gradient_is_the_slope_of_the_literal_loss(name):
     """Central differences of D, or of Σ sg[c]·log p, in the student's logits; and c itself."""
     options, literal, coefficient = TABLE[name]
-    got = judge(
-        logits_problem(Z[None], Z_TEACHER[None], Z_BASE[None], Y), Objective(**options, k=K)
-    )
+    problem = logits_problem(Z[None], Z_TEACHER[None], Z_BASE[None], Y)
+    one = torch.ones(1, dtype=torch.float64)
+    problem = replace(problem, advantage=ADVANTAGE * one, rollout_logp=LOG_MU * one)
+    got = judge(problem, Objective(**options, k=K))
     now, step = token(), 1e-5
     c = coefficient(now)
     literal = literal or (lambda x: (c * x.s).sum())

@@ -9,8 +9,17 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_opd.loss import Objective
+from megatron_opd.loss.candidates import Clip
 from tests.distributed import run_ranks
-from tests.loss.dense import batch_of, far, head_of, judge, make_problem, scores_of
+from tests.loss.dense import (
+    batch_of,
+    far,
+    head_of,
+    judge,
+    make_problem,
+    reference,
+    scores_of,
+)
 from tests.loss.test_objective import PG, PROBLEMS, SETS, SUPPORTS, short, structures
 
 
@@ -39,6 +48,8 @@ COLLECTIVES = (
     (dict(support="teacher_topk"), "topk", 1),
     (dict(support="full"), "hidden", 2),
     (dict(support="full", correction="mask"), "hidden", 3),
+    (dict(PG, support="sampled", divergence="outcome", clip_high=0.2), "hidden", 1),
+    (dict(PG, support="sampled", outcome=1.0), "sampled", 1),
 )
 
 
@@ -61,9 +72,8 @@ def arguments_of(problem, objective, rank=0, payload="hidden"):
     group, width = (dist.group.WORLD, 7) if dist.is_initialized() else (None, None)
     student = head_of(problem.student, rank, width, 0.0, group)
     student.weight_VH.requires_grad_()
-    teacher = scores_of(
-        problem, objective, payload, head_of(problem.teacher, rank, width, 0.0, group)
-    )
+    theirs = head_of(problem.teacher, rank, width, 0.0, group)
+    teacher = scores_of(problem, objective, payload, theirs) if objective.needs_teacher else None
     batch = batch_of(problem, measured_M=torch.empty(0, dtype=torch.int64))
     return problem.student.hidden, student, batch, teacher
 
@@ -203,3 +213,54 @@ def test_a_target_outside_the_vocabulary_breaks_the_loss():
         problem.target[0] = outside
         objective = Objective(support="sampled", divergence="cross_entropy")
         assert not judge(problem, objective, widths=(16, 16))["loss"].isfinite(), outside
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(support="full", correction="mask", correction_high=1.2),
+        dict(support="student_topk", correction="tis", correction_high=1.1),
+        dict(support="full", weights={"data_only": {}}),
+        dict(PG, support="sampled", weights={"rollout_only": {}}, correction="icepop"),
+    ],
+    ids=str,
+)
+def test_what_nobody_drew_has_no_ratio(options):
+    """A dataset's response among the engine's: it is weighed by 1, and policy/* do not count it."""
+    problem, objective = make_problem(7), Objective(**options, k=4, chunk_tokens=2)
+    problem = replace(problem, drawn=(problem.sequence != 0).double())
+    problem.rollout_logp[problem.sequence == 0] = 0.0  # as the replay engine says
+    got, want = judge(problem, objective), reference(problem, objective)
+    for name in ("loss", "hidden", "weight"):
+        assert far(got[name], want[name]) < 1e-9, name
+    assert want["loss"] != 0
+    drawn = int((problem.mask * problem.drawn).sum())
+    counts = {name: int(count) for name, (_, count) in got["means"].items() if "policy" in name}
+    assert counts and set(counts.values()) == {drawn}
+    if want["corrected"]:
+        assert int(got["means"]["policy/corrected_fraction"][0]) == want["corrected"][0]
+    all_drawn = judge(replace(problem, drawn=torch.ones_like(problem.drawn)), objective)
+    assert got["maxima"]["policy/mismatch_max"] < all_drawn["maxima"]["policy/mismatch_max"]
+
+
+def test_ppo_by_hand_and_where_it_is_flat():
+    """ρ = 1.5, 0.5 with A = ±1: a gain is cut off above, a loss below, and by a dual clip above."""
+    clip, unbounded = Clip(0.2, 0.2, 1.4), Clip(None, 0.2, None)
+    ratio = torch.tensor([1.5, 0.5, 1.5, 0.5, 1.1, 1.1])
+    cost = torch.tensor([-1.0, -1, 1, 1, -1, 1])  # −A
+    value, c, flat = clip.coefficients(ratio, cost)
+    torch.testing.assert_close(value, torch.tensor([-1.2, -0.5, 1.4, 0.8, -1.1, 1.1]))
+    torch.testing.assert_close(c, torch.tensor([0, -0.5, 0, 0, -1.1, 1.1]))
+    assert flat.tolist() == [True, False, True, True, False, False]
+    value, c, flat = unbounded.coefficients(ratio, cost)
+    torch.testing.assert_close(value, torch.tensor([-1.2, -0.5, 1.5, 0.5, -1.1, 1.1]))
+    assert flat.tolist() == [True] + 5 * [False]
+    options = dict(PG, support="sampled", divergence="outcome", clip_low=0.1, clip_high=0.1)
+    problem = make_problem(3)
+    problem = replace(problem, drawn=(problem.sequence != 1).double())
+    total, count = judge(problem, Objective(**options))["means"]["policy/clipped_fraction"]
+    log_p = problem.student.logits().log_softmax(-1)[range(9), problem.target]
+    ratio, counted = (log_p - problem.rollout_logp).exp(), problem.mask * problem.drawn
+    outside = torch.where(problem.advantage > 0, ratio > 1.1, ratio < 0.9)
+    assert (int(total), int(count)) == (int((outside * counted).sum()), int(counted.sum()))
+    assert 0 < total < count

@@ -97,9 +97,17 @@ DRAWS = (
     dict(PG, baseline="topk_kl", reward_cap=0.4),
     dict(PG, baseline="mean", discount=0.5),
     dict(PG, discount=1.0, reward_floor=-1.0, reward_cap=1.0),
+    dict(PG, divergence="outcome"),
+    dict(PG, outcome=0.7),
+    dict(PG, outcome=-0.5, discount=0.5, reward_floor=-0.5, baseline="mean"),
+    dict(PG, group_normalize="std", discount=1.0),
+    dict(PG, group_normalize="mean"),
+    dict(PG, divergence="outcome", clip_low=0.1, clip_high=0.2, dual_clip=1.3),
+    dict(PG, outcome=0.5, clip_low=0.2, clip_high=0.28),
+    dict(PG, divergence=weighted_square, dual_clip=1.2),
 )
 SQUARED = dict(student_temperature=1.5, teacher_temperature=0.8, temperature_squared=True)
-# 11, a prime: a structure meets another of them on every support
+# 13, a prime: a structure meets another of them on every support
 EXTRAS = (
     {},
     dict(
@@ -133,6 +141,8 @@ EXTRAS = (
         correction="tis",
         correction_high=1.2,
     ),
+    dict(weights={"correct_only": dict(threshold=-0.5), "rlsd": dict(share=0.7, eps=0.4)}),
+    dict(weights={"incorrect_only": {}, "rollout_only": {}}, aggregation="seq-mean-token-mean"),
 )
 
 
@@ -157,13 +167,25 @@ def cases(support):
     offset = 5 * SUPPORTS.index(support)  # the same structure has other extras on other supports
     for i, options in enumerate(structures(support)):
         extras = EXTRAS[(i + offset) % len(EXTRAS)]
-        if options.get("divergence") == "cross_entropy":
-            extras = {}
+        extras = fitting(options, extras)
         options = {**options, **extras, "k": 4}
         if support in SETS:
             options["append_sampled"] = i % 4 == 1
         objective = Objective(**options)
         yield PROBLEMS[i % 2], objective, plain if plain and served(objective) else "hidden"
+
+
+def fitting(options, extras):
+    """Return what of the extras does not contradict the options."""
+    drawn = {"outcome", "group_normalize", "clip_low", "dual_clip"} & set(options)
+    if options.get("divergence") == "cross_entropy":
+        return {}
+    if options.get("divergence") == "outcome" or "group_normalize" in options:
+        extras = {k: v for k, v in extras.items() if k not in ("extrapolation", "veto")}
+    if drawn:
+        extras = {k: v for k, v in extras.items() if not k.startswith(("correction", "rollout_t"))}
+        extras["rollout_temperature"] = extras.get("student_temperature", 1.0)
+    return extras
 
 
 def served(o):
@@ -372,6 +394,8 @@ def test_an_empty_set_takes_the_sampled_token_in():
 # What is refused
 
 DRAWN = dict(support="sampled")
+OUTCOME = dict(DRAWN, **PG, divergence="outcome")
+GROUPED = dict(DRAWN, **PG, group_normalize="std")
 
 
 @pytest.mark.parametrize(
@@ -387,7 +411,7 @@ DRAWN = dict(support="sampled")
         (dict(DRAWN, estimator="k4"), "estimator", "got 'k4', expected k1, k2, k3"),
         (dict(form="reinforce"), "form", "got 'reinforce', expected direct, policy_gradient"),
         (dict(PG, divergence="forward_kl"), "divergence", "got 'forward_kl', expected reverse_kl"),
-        (dict(PG, divergence="jsd"), "divergence", "expected reverse_kl with form=policy_grad"),
+        (dict(PG, divergence="jsd"), "divergence", "expected reverse_kl or outcome with form=pol"),
         (dict(PG, **DRAWN, divergence="cross_entropy"), "form", "expected 'direct' with diverg"),
         (
             dict(divergence=lambda s, t: (s - t).sum()),
@@ -422,6 +446,48 @@ DRAWN = dict(support="sampled")
         (dict(PG, reward_floor=1.0, reward_cap=0.0), "reward_floor", "less than .*reward_cap=0"),
         (dict(PG, discount=0.5), "discount", "expected a sampled support"),
         (dict(PG, **DRAWN, discount=1.5), "discount", "got 1.5, expected 0 to 1"),
+        (dict(PG, divergence="outcome"), "support", "expected 'sampled' with .*outcome"),
+        (dict(DRAWN, divergence="outcome"), "form", "expected 'policy_gradient' .* no gradient"),
+        (dict(OUTCOME, baseline="mean"), "baseline", "one reward is the response's advantage"),
+        (dict(OUTCOME, discount=1.0), "discount", "one reward is the response's advantage"),
+        (dict(OUTCOME, reward_cap=1.0), "reward_cap", "one reward is the response's advantage"),
+        (dict(OUTCOME, outcome=0.5), "outcome", "got 0.5, expected 0 with divergence=outcome"),
+        (dict(OUTCOME, veto=0.5), "veto", "outcome has no teacher to change"),
+        (dict(outcome=1.0), "outcome", "expected 0 unless support=sampled .*set a term with"),
+        (dict(outcome=math.nan), "outcome", "got nan, expected a number"),
+        (dict(weight=math.inf), "weight", "got inf, expected a number"),
+        (dict(group_normalize="std"), "group_normalize", "'none' unless support=sampled"),
+        (dict(PG, **DRAWN, group_normalize="var"), "group_normalize", "expected none, mean, std"),
+        (
+            dict(PG, **DRAWN, group_normalize="std", estimator="k2"),
+            "group_normalize",
+            "estimator=k1: what is normalised",
+        ),
+        (dict(GROUPED, baseline="mean"), "baseline", "the rewards that it compares"),
+        (dict(GROUPED, extrapolation=1.2), "extrapolation", "the rewards that it compares"),
+        (dict(GROUPED, outcome=1.0), "outcome", "the rewards that it compares"),
+        (dict(GROUPED, rollout_temperature=None), "group_normalize", "no engine drew"),
+        (dict(GROUPED, weights={"rlsd": {}}), "weights", "one wants the response's advantage"),
+        (dict(clip_low=0.2), "clip_low", "only a drawn token has a ratio to clip"),
+        (dict(OUTCOME, clip_low=1.2), "clip_low", "got 1.2, expected 0 to 1"),
+        (dict(OUTCOME, clip_high=-0.1), "clip_high", "got -0.1, expected 0 or more"),
+        (dict(OUTCOME, dual_clip=1.0), "dual_clip", "got 1.0, expected more than 1"),
+        (dict(OUTCOME, clip_high=0.2, rollout_temperature=None), "clip_high", "no engine drew"),
+        (
+            dict(OUTCOME, clip_high=0.2, correction="tis"),
+            "rollout.correction",
+            "both weigh a token by π/μ, and together by its square",
+        ),
+        (
+            dict(OUTCOME, clip_high=0.2, rollout_temperature=0.7),
+            "student_temperature",
+            "got 1, expected rollout.temperature=0.7",
+        ),
+        (
+            dict(OUTCOME, clip_high=9.0, clip_low=2.0, name="rl"),
+            "terms.rl.clip_low",
+            "got 2.0, expected 0 to 1",
+        ),
         (dict(veto=1.0), "veto", "got 1, expected 0 or more and less than 1"),
         (dict(extrapolation=math.nan), "extrapolation", "got nan"),
         (dict(DRAWN, divergence="cross_entropy", veto=0.1), "veto", "no teacher to change"),
