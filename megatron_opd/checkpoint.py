@@ -1,4 +1,4 @@
-"""Save, restore and prune the state of a run: weights, optimiser, data cursor.
+"""Save, restore and prune the state of a run: weights, their running means, optimiser, cursor.
 
 A checkpoint is written under a temporary name and renamed when complete, so every directory called
 `step_…` is whole. Randomness is counter-based (seed, step, request), so no generator is saved.
@@ -6,11 +6,16 @@ A checkpoint is written under a temporary name and renamed when complete, so eve
 
 import json
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.optimizer import (
+    get_param_id_to_sharded_param_map,
+    make_sharded_optimizer_tensor,
+)
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_opd.model.config import HFConfig
@@ -21,6 +26,7 @@ from megatron_opd.model.torch_dist import (
 )
 from megatron_opd.parallel import Parallel
 from megatron_opd.step import Student
+from megatron_opd.teacher.ema import EmaTeacher
 
 # the only sharding of the optimiser that may be resumed in another layout
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -34,20 +40,24 @@ def save(
     keep: int,
     source: HFConfig,
     stop_ids: tuple[int, ...] = (),
+    averages: Mapping[str, EmaTeacher] | None = None,
 ) -> Path:
     """Write `folder/step_NNNNNN` and delete all but the newest `keep`; collective.
 
     `state` is JSON: `step`, the data cursor, whatever else resume needs. `source` and `stop_ids`
     are those of `save_hf`: tools/convert_checkpoint.py makes a Hugging Face model of it with them.
+    `averages` are the teachers, by name, whose weights change with the student's.
     """
     parallel, name = student.parallel, f"step_{state['step']:06d}"
     final, draft = folder / name, folder / f"tmp_{name}"
     parallel.owner(lambda: _fresh(draft))
     fork_checkpoint_writer()
-    dist_checkpointing.save(_sharded(student, loading=False), str(draft))
+    averages = averages or {}
+    dist_checkpointing.save(_sharded(student, averages, loading=False), str(draft))
+    kept = {**state, "averages": sorted(averages)} if averages else state
 
     def publish() -> None:
-        (draft / "state.json").write_text(json.dumps(state, indent=2))
+        (draft / "state.json").write_text(json.dumps(kept, indent=2))
         write_companions(source, draft, student.model.config.params_dtype, stop_ids)
         shutil.rmtree(final, ignore_errors=True)  # of an earlier try at this step
         draft.rename(final)
@@ -58,18 +68,38 @@ def save(
     return final
 
 
-def load(path: Path, student: Student) -> dict[str, Any]:
-    """Restore weights, optimiser and schedule from `path`; return its `state`; collective."""
+def load(
+    path: Path, student: Student, averages: Mapping[str, EmaTeacher] | None = None
+) -> dict[str, Any]:
+    """Restore weights, optimiser and schedule from `path`; return its `state`; collective.
+
+    Raises:
+        ValueError: `path` was saved with other `averages`.
+    """
+    averages = averages or {}
     state = student.parallel.owner(lambda: json.loads((path / "state.json").read_text()))
+    kept = state.pop("averages", [])
+    if set(kept) != set(averages):
+        raise ValueError(
+            f"{path}: it has {_counted(kept)}, but {_counted(averages)} are wanted; resume with "
+            "the teachers that it was saved with, or start another run.dir"
+        )
     _patch_distributed_optimizer()
     _before_load(student.optimizer)
-    loaded: Any = dist_checkpointing.load(_sharded(student, loading=True), str(path))
+    loaded: Any = dist_checkpointing.load(_sharded(student, averages, loading=True), str(path))
     student.model.load_state_dict(loaded["model"])
     student.optimizer.load_state_dict(loaded["optimizer"])
+    for name, teacher in averages.items():
+        teacher.restore([loaded[_prefix(name)][i] for i in range(len(teacher.masters))])
     _after_load(student.optimizer)
     student.scheduler.num_steps = 0
     student.scheduler.step(state["step"])
     return state
+
+
+def _counted(averages: Iterable[str]) -> str:
+    names = ", ".join(f"teachers.{name}" if name else "teacher" for name in sorted(averages))
+    return f"running means (weights=ema) of {names}" if names else "no running means (weights=ema)"
 
 
 def latest(folder: Path, parallel: Parallel) -> Path | None:
@@ -77,10 +107,25 @@ def latest(folder: Path, parallel: Parallel) -> Path | None:
     return parallel.owner(lambda: max(folder.glob("step_*"), default=None))
 
 
-def _sharded(student: Student, *, loading: bool) -> dict[str, Any]:
+def _sharded(
+    student: Student, averages: Mapping[str, EmaTeacher], *, loading: bool
+) -> dict[str, Any]:
     model = sharded_weights(student.model)
     optimizer = student.optimizer.sharded_state_dict(model, is_loading=loading, metadata=METADATA)
-    return {"model": model, "optimizer": optimizer}
+    # they lie as the student's weights do, as the states of an optimiser would
+    places = get_param_id_to_sharded_param_map(model, student.model.parameters())
+    means = {
+        _prefix(name): {
+            index: make_sharded_optimizer_tensor(places[index], master, _prefix(name))
+            for index, master in enumerate(teacher.masters)
+        }
+        for name, teacher in averages.items()
+    }
+    return {"model": model, "optimizer": optimizer, **means}
+
+
+def _prefix(name: str) -> str:
+    return f"ema.{name}" if name else "ema"
 
 
 def _fresh(folder: Path) -> None:

@@ -1,4 +1,7 @@
-"""The co-located teacher: its own depth and width, the student's ranks and vocabulary shards."""
+"""The co-located teacher: its own depth and width, the student's ranks and vocabulary shards.
+
+Or the student's own network: as it was at the start, or as it is (`live`).
+"""
 
 from typing import Any, Literal
 
@@ -15,7 +18,10 @@ Payload = Literal["hidden", "topk", "sampled"]
 
 
 class MegatronTeacher:
-    """A frozen Megatron model that hands over what `payload` says of every supervised token.
+    """A Megatron model that hands over what `payload` says of every supervised token.
+
+    No gradient enters it, so it may be the student itself, which then judges as it is at the
+    moment; its hidden states are good until its weights change.
 
     hidden: its hidden states, while it keeps its own head, which the loss multiplies them with;
     `model` must then be built with the student's padded vocabulary, so that rank r's rows of both
@@ -36,7 +42,7 @@ class MegatronTeacher:
         temperature: float = 1.0,
         chunk_tokens: int | None = None,
     ):
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
         self.parallel, self.payload = parallel, payload
         self.k, self.temperature, self.chunk_tokens = k, temperature, chunk_tokens
         self.head = model.head(vocab_size) if parallel.is_last_stage else None
@@ -53,8 +59,11 @@ class MegatronTeacher:
     @torch.no_grad()
     def score(self, microbatches: list[Microbatch]) -> list[Scores | None]:
         """Run forward only through the pipeline schedule and keep the supervised positions."""
+        if not microbatches:  # as another replica may have some, it is a question all the same
+            return []
         if self.away:
             self.away.fetch()
+        self.model.eval()
 
         def keep(index: int, hidden: Tensor) -> Scores:
             hidden_TH = enter_head(hidden, self.parallel)
@@ -81,8 +90,17 @@ class MegatronTeacher:
         )
 
 
+@torch.no_grad()
+def copy_weights(source: Any, target: Any) -> None:
+    """Give `target` the weights of `source`, a model of the same network at the same layout."""
+    theirs = dict(source.named_parameters())
+    for name, parameter in target.named_parameters():
+        parameter.copy_(theirs.pop(name))
+    assert not theirs, f"weights that the copy does not have: {list(theirs)}"
+
+
 class _Offloaded:
-    """Frozen tensors with a pinned host copy: released is a dropped pointer, not a transfer."""
+    """Tensors with a pinned host copy: released is a dropped pointer, not a transfer."""
 
     def __init__(self, tensors: list[Tensor]):
         self.tensors = tensors
