@@ -6,30 +6,34 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_opd import schedule
 from megatron_opd.build import build_objective
 from megatron_opd.config import Config
 from megatron_opd.loss.rules import DIVERGENCES, SUPPORTS
 from megatron_opd.loss.weights import CORRECTIONS, WEIGHTS
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
-OBJECTIVE, ROLLOUT = r"`(\{[^`]+\})`", r"(?:, `rollout: (\{[^`]+\})`)?"
-METHODS = re.findall(rf"^\| (.+?) \| {OBJECTIVE}{ROLLOUT} \|$", README, re.MULTILINE)
+OBJECTIVE, OTHERS = r"`(\{[^`]+\})`", r"((?:, `\w+: \{[^`]+\}`)*)"
+METHODS = re.findall(rf"^\| (.+?) \| {OBJECTIVE}{OTHERS} \|$", README, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("method", "section", "rollout"), METHODS, ids=[row[0] for row in METHODS])
-def test_a_method_is_a_setting(method, section, rollout):
-    objective = yaml.safe_load(section)
+@pytest.mark.parametrize(("method", "section", "others"), METHODS, ids=[row[0] for row in METHODS])
+def test_a_method_is_a_setting(method, section, others):
     config = {
         "student": {"path": "s"},
-        "teacher": None if objective.get("divergence") == "cross_entropy" else {"path": "t"},
-        "base": {"path": "b"} if "extrapolation" in objective else None,
+        "teacher": {"path": "t"},
         "data": {"prompts": ("p",)},
-        "objective": objective,
-        "rollout": yaml.safe_load(rollout or "{}"),
+        "rollout": {},
+        "objective": yaml.safe_load(section),
     }
-    built = build_objective(Config(**config))
-    assert built.support == objective["support"]
+    for key, more in yaml.safe_load(f"{{{others.replace('`', '').lstrip(', ')}}}").items():
+        config[key] = config.get(key, {}) | more
+    built, *terms = (
+        term for end in schedule.ends(Config(**config)) for term in build_objective(end).terms
+    )
+    assert built.support == config["objective"]["support"]
     assert built.correction == config["rollout"].get("correction", "none")
+    assert set(config.get("terms", {})) == {term.name for term in terms} - {"objective"}
 
 
 def test_every_name_is_in_the_table():
