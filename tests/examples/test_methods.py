@@ -28,7 +28,11 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    return make_home(tmp_path_factory.mktemp("methods"))
+    folder = make_home(tmp_path_factory.mktemp("methods"))
+    rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    routed = [{**row, "teacher": ("strong", "weak")[i % 2]} for i, row in enumerate(rows)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in routed))
+    return folder
 
 
 def _main(rank, name, words):
@@ -42,7 +46,11 @@ def even(response, prompt):
 
 def words(name):
     config = load_config([METHODS / "base.yaml", METHODS / f"{name}.yaml"])
-    own = [] if config.teacher is None else ["teacher.path=teacher"]
+    own = [f"teachers.{one}.path=teacher" for one in config.teachers]
+    if config.teacher is not None and config.teacher.template is not None:
+        own.append(f"teacher.template={METHODS / 'solution_first.txt'}")
+    elif config.teacher is not None:
+        own.append("teacher.path=teacher")
     if config.reward.function:
         own.append(f"reward.function={__name__}:even")
     return config, [*SMALL, *own]
@@ -64,4 +72,5 @@ def test_a_method_runs(home, monkeypatch, name):
 def test_the_readme_names_every_method():
     text = (METHODS / "README.md").read_text()
     assert [name for name in NAMES if f"[{name}]({name}.yaml)" not in text] == []
-    assert [name for name in NAMES if name not in load_config([METHODS / f"{name}.yaml"]).run.dir] == []
+    runs = [words(name)[0].run.dir for name in NAMES]
+    assert [Path(run).name for run in runs] == NAMES
