@@ -179,7 +179,7 @@ def _add_weights(
         head = always[f"{name} head"] = columns * arch.hidden * width
     (away if section.offload else always)[f"{name} weights"] = size - head
     if weights == "ema" and width == 2 and not section.offload:
-        always[f"{name} running mean, float32"] = elements * 4
+        always[f"{name} mean, float32"] = elements * 4
 
 
 def _width(config: Config, section: Frozen) -> int:

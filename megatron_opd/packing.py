@@ -2,8 +2,9 @@
 
 A sequence is prompt + response without the last response token: nothing comes after it, so its
 hidden state would predict nothing. Every response token is a target once; the position before it is
-its source. A microbatch has one teacher. Shapes: T packed tokens · N targets, M of them measured · K ids · S sequences, of one
-microbatch.
+its source. A microbatch has one teacher.
+
+Shapes: T packed tokens · N targets, M of them measured · K ids · S sequences, of one microbatch.
 """
 
 import heapq
@@ -45,7 +46,9 @@ def pack(
     """Distribute rollouts over `count` microbatches (default: the fewest) of about equal tokens.
 
     The microbatches of one teacher follow those of another, in alphabetical order. Where the
-    teacher reads another prompt, a sequence counts with the longer of both. T is filled up to a multiple of `multiple` with one more sequence that no source points into;
+    teacher reads another prompt, a sequence counts with the longer of both.
+
+    T is filled up to a multiple of `multiple` with one more sequence that no source points into;
     for this alone T may pass `microbatch_tokens`. Each supervised token is measured with
     probability `measure_fraction`, by a draw that depends on `seed` (of the step), its prompt,
     sample and position alone.

@@ -97,7 +97,7 @@ def check(
     build.build_reward(config)
     if writes:
         _check_run(config)
-    warnings = [*cautions(config), *_without_comparison(config)]
+    warnings = [*cautions(config), *schedule.idle(config), *_without_comparison(config)]
     _stop_at(_obstacles(config), warnings, dry_run=dry_run)
     _check_ranks(config, world)
     _check_networks(config)

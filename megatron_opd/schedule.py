@@ -57,6 +57,23 @@ def ends(config: Config) -> list[Config]:
     return [_checked(config, step) for step in ((1, last + 1) if last else (1,))]
 
 
+def idle(config: Config) -> Iterator[str]:
+    """Yield the numbers that were given and are never used: a schedule says another from step 1.
+
+    The options of weights are not among them, which must be written out to have a place.
+    """
+    for key, schedule in config.schedules.items():
+        *above, name = _paths(config)[key]
+        section: Any = config
+        for part in above:
+            section = section[part] if isinstance(section, dict) else getattr(section, part)
+        if isinstance(section, dict):
+            continue
+        given = getattr(section, name)
+        if given not in (type(section).model_fields[name].default, schedule.start):
+            yield f"{key}: has no effect in this config: schedules.{key} says what it is"
+
+
 def mixes(config: Config) -> bool:
     """Say whether the dataset answers some prompts in place of the engine, at whatever step."""
     return any(end.rollout.data_fraction > 0 for end in ends(config))

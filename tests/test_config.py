@@ -236,7 +236,7 @@ def test_a_missing_file_and_an_empty_one(tmp_path):
         ),
         (
             ["teacher={template: opsd, max_prompt_tokens: 3000}", "train.microbatch_tokens=10000"],
-            "train.microbatch_tokens: got 10000, expected at least 10168 = the longest teacher.max_",
+            "train.microbatch_tokens: got 10000, expected at least 10168 = the longest teacher",
         ),
         (["base={dtype: float32}"], "base.path: missing"),
         (["data.weights=[0.7, 0.3]"], "data.weights: got 2, expected 1: one for each file"),

@@ -97,3 +97,17 @@ def test_both_ends_are_checked_as_the_config_is():
         ValueError, match=r"^schedules, at step 5: rollout.data_fraction: .* than or"
     ):
         schedule.ends(wrong)
+
+
+def test_a_number_that_a_schedule_overrules_is_named():
+    weights = {"position_decay": {"half_life": 9.0}}
+    overruled = config(
+        {
+            "objective.veto": changing(0.8, 0.0),
+            "objective.outcome": changing(0.5, 1.0),
+            "objective.weights.position_decay.half_life": changing(5.0, 6.0),
+        },
+        objective={"veto": 0.3, "outcome": 0.5, "weights": weights},
+    )
+    (line,) = schedule.idle(overruled)
+    assert line.startswith("objective.veto: has no effect in this config: schedules.objective.veto")

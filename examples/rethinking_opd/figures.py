@@ -43,6 +43,7 @@ WEAK = ("train.prompts_per_step=64", "train.steps=120", "optimizer.schedule=cons
 # for models that are trained already, which a rate for beginners would set back first
 GENTLY = "optimizer.lr=5.0e-4"
 MORE = ("student.init=hf", "train.prompts_per_step=64", "train.steps=60", "optimizer.lr=1.0e-3")
+CARRYING = ("sums", "plain")
 BOTH, TEMPLATES, MEMORY = ("sums", "differences"), ("sums", "words"), ("facts", "sums")
 READ = (*MORE, "train.steps=150")
 
@@ -75,7 +76,13 @@ RUNS: dict[str, Run] = {
     "from_left_longer": opd("train.steps=140", teacher="left_teacher"),
     "cold": Run("start", ("written:left_teacher",), settings=(*MORE, "data.response_key=response")),
     "cold_then_opd": opd(start="cold", teacher="left_teacher"),
-    # knowledge
+    # knowledge: carrying
+    "plain_start": Run("small", ("plain",), held_out=CARRYING),
+    "plain_teacher": Run("big", ("plain",), held_out=CARRYING),
+    "carries": Run("plain_teacher", settings=("student.init=hf",), held_out=CARRYING),
+    "from_plain": opd(start="plain_start", teacher="plain_teacher", held_out=CARRYING),
+    "from_carries": opd(start="plain_start", teacher="carries", held_out=CARRYING),
+    # new_skill
     "same_data": Run("small", held_out=BOTH),
     "knows_more": Run("teacher", BOTH, settings=("student.init=hf",), held_out=BOTH),
     "from_same": opd(GENTLY, start="same_data", data=BOTH, held_out=BOTH),
@@ -141,7 +148,13 @@ FIGURES: dict[str, Figure] = {
         order=True,
     ),
     "knowledge": Figure(
-        "A bigger teacher of the same data, and one that has learned more",
+        "A bigger teacher of the same data, which has no carry, and one that learned to carry",
+        "Fig. 4",
+        {"same data, bigger": "from_plain", "knows more": "from_carries"},
+        CARRYING,
+    ),
+    "new_skill": Figure(
+        "The same with knowledge of which the student has not even a beginning",
         "Fig. 4",
         {"same data, bigger": "from_same", "knows more": "from_more"},
         BOTH,

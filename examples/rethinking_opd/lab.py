@@ -20,7 +20,7 @@ from tools import generate
 HERE = Path(__file__).parent
 Records = list[dict[str, float]]  # of a run, one a step
 NETWORKS = {"big": {"hidden": 128, "layers": 3}, "small": {"hidden": 96, "layers": 2}}
-WRITE = ("--max-tokens", "40", "--chat-template", "none", "--dtype", "float32")
+WRITE = {"max-prompt-tokens": 16, "max-tokens": 40, "chat-template": "none", "dtype": "float32"}
 
 
 class Lab:
@@ -87,7 +87,8 @@ class Lab:
         path = self.run(writer) / "written.jsonl"
         if not path.exists():
             words = [str(self._model(writer)), str(self.data / "cold.jsonl"), "--out", str(path)]
-            fork(generate.main, [*words, *WRITE, "--seed", str(self.seed)])
+            words += [f"--{name}={value}" for name, value in (WRITE | {"seed": self.seed}).items()]
+            fork(generate.main, words)
         return path
 
     def _made(self, name: str) -> dict[str, Any]:

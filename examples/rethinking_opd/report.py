@@ -112,7 +112,7 @@ def draw(figure: Figure, labs: list[Lab], picture: Path) -> None:
     """Draw accuracy on every file, and two of the dynamics: a colour an arm, a line a seed."""
     dynamics = {title: DYNAMICS[title] for title in ("reverse KL", "overlap mass")}
     files = {f"accuracy, {file}": file for file in figure.files}
-    shape = {"figsize": (4 * (len(files) + 2), 3.2), "layout": "constrained"}
+    shape = {"figsize": (3.6 * (len(files) + 2) + 1.8, 3), "layout": "constrained"}
     plot, axes = plt.subplots(1, len(files) + 2, **shape)
     arms = {label: run for label, run in figure.arms.items() if labs[0].runs[run].teacher}
     for ax, title in zip(axes, [*files, *dynamics], strict=True):
@@ -122,7 +122,9 @@ def draw(figure: Figure, labs: list[Lab], picture: Path) -> None:
             for seed, lab in enumerate(labs):
                 points = _curve(lab.records(run), files.get(title), dynamics.get(title))
                 ax.plot(*points, color=f"C{number}", lw=1.3, label=None if seed else label)
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[len(files)].set_yscale("log")
+    handles, labels = axes[0].get_legend_handles_labels()
+    plot.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     plot.suptitle(f"{figure.title} ({figure.paper})")
     plot.savefig(picture, dpi=80)
     plt.close(plot)

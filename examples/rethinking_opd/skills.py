@@ -3,6 +3,7 @@
     347+285=      right   7+5=12,4+8+1=13,3+2+1=6;632     columns from the right, with carries
                   left    3+2=5,4+8=12,7+5=12;632         from the left, carried at the end
     add 347 285:          the same sums in another template
+    341+248=              sums without a carry ("plain")
     347-285=      right   7-5=2,4-8=-4,3-2-1=0;62         differences: another skill
     xkq?                  bav                             facts: nothing but memory
 
@@ -18,7 +19,8 @@ from pathlib import Path
 from examples.quickstart.task import question_and_answer
 from megatron_opd.types import Prompt
 
-ROWS = {"sums": 18_000, "cold": 2_000, "differences": 18_000, "words": 18_000, "facts": 100}
+ROWS = {"sums": 18_000, "cold": 2_000, "differences": 18_000, "words": 18_000, "plain": 18_000}
+FACTS = 100
 HELD_OUT = 256
 TEACHER_SHARE = 0.3  # of the mixture of facts and sums
 
@@ -68,6 +70,9 @@ def write_data(folder: Path, seed: int) -> None:
         _write(folder / f"test/{name}.jsonl", [row(*pair) for pair in held_out])
         _write(folder / f"{name}.jsonl", [row(*pair) for pair in seen[: ROWS[name]]])
     _write(folder / "cold.jsonl", [addition(*pair) for pair in cold])
+    plain = _plain_pairs(random.Random(f"plain {seed}"), HELD_OUT + ROWS["plain"])
+    _write(folder / "test/plain.jsonl", [addition(*pair) for pair in plain[:HELD_OUT]])
+    _write(folder / "plain.jsonl", [addition(*pair) for pair in plain[HELD_OUT:]])
     facts = _facts(draw)
     _write(folder / "facts.jsonl", facts)
     _write(folder / "test/facts.jsonl", facts)  # what was read is what is asked
@@ -84,9 +89,19 @@ def _pairs(draw: random.Random, count: int) -> list[tuple[int, int]]:
     return list(pairs)
 
 
+def _plain_pairs(draw: random.Random, count: int) -> list[tuple[int, int]]:
+    """Return different pairs without a carry: no column adds up to ten."""
+    pairs: dict[tuple[int, int], None] = {}
+    while len(pairs) < count:
+        a, b = draw.randrange(100, 1000), draw.randrange(100, 1000)
+        if all(int(x) + int(y) < 10 for x, y in zip(str(a), str(b), strict=True)):
+            pairs[a, b] = None
+    return list(pairs)
+
+
 def _facts(draw: random.Random) -> list[dict[str, str]]:
     names: dict[str, None] = {}
-    while len(names) < 2 * ROWS["facts"]:
+    while len(names) < 2 * FACTS:
         names["".join(draw.choices(string.ascii_lowercase, k=3))] = None
     listed = list(names)
     pairs = zip(listed[::2], listed[1::2], strict=True)

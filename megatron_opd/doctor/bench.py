@@ -118,7 +118,7 @@ class Bench:
         if self.engine is None:
             student, size = self.models["student"], self.vocab_size
             self.engine = build.drawing_engine(self.config, student, self.parallel, size)
-            self.engine.sync()
+        self.engine.sync()  # each time: between rounds it sleeps
         return self.engine
 
     def batches(self, rollouts: Sequence[Rollout]) -> list[Microbatch]:

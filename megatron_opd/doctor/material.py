@@ -1,5 +1,6 @@
 """What the checks look at: prompts, both models, and what they write and say; each made once."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -158,14 +159,26 @@ class Material:
 
     @property
     def remedy(self) -> str:
-        """The commands of a cold start."""
-        files = " ".join(self.config.data.prompts)
+        """The commands of a cold start: the teacher's responses to a file, and training on them."""
+        c, data = self.config, self.config.data
+        keys = " ".join(f"{key}={json.dumps(x)}" for key, x in data.chat_template_kwargs.items())
+        options = {
+            "template": data.template if data.template != "none" else "",
+            "chat-template": data.chat_template if data.chat_template != "tokenizer" else "",
+            "chat-template-kwargs": keys,
+            "max-prompt-tokens": str(data.max_prompt_tokens),
+            "max-tokens": str(c.rollout.max_tokens),
+            "dtype": self.teacher.dtype or c.student.dtype,
+            "reject": "truncated",
+            "out": "cold_start.jsonl",
+        }
+        written = " ".join(f"--{name} {value}" for name, value in options.items() if value)
         no_teacher = "teachers={}" if self.name else "teacher=null"
         return (
-            f"python tools/generate.py {self.teacher_path} {files} --out cold_start.jsonl; "
+            f"python tools/generate.py {self.teacher_path} {' '.join(data.prompts)} {written}; "
             f"python -m megatron_opd {self.words} {no_teacher} objective.support=sampled "
             "objective.divergence=cross_entropy rollout.engine=replay rollout.n=1 "
-            f"data.prompts=[cold_start.jsonl] run.dir={self.config.run.dir}_cold_start"
+            f"data.prompts=[cold_start.jsonl] run.dir={c.run.dir}_cold_start"
         )
 
     def close(self) -> None:

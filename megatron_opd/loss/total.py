@@ -59,7 +59,8 @@ class Total:
         for one in losses:
             means |= one.means
             maxima |= one.maxima
-        means["loss/total"] = total.detach().clone(), count
+        if len(losses) > 1:
+            means["loss/total"] = total.detach().clone(), count
         return Loss(total, count, means, maxima)
 
     @property

@@ -58,6 +58,8 @@ def test_no_question_is_in_two_files(tmp_path):
     prompts = [{json.loads(x)["prompt"] for x in path.open()} for path in files]
     assert [len(found) for found in prompts] == [18_000, 2_000, 256]
     assert len(set.union(*prompts)) == 20_256
+    plain = [json.loads(line)["right"] for line in (tmp_path / "plain.jsonl").open()]
+    assert not any("+1=" in work and work.count("+") > 3 for work in plain)  # nothing is carried
     mixed = [json.loads(line)["prompt"] for line in (tmp_path / "facts_and_sums.jsonl").open()]
     assert sum("+" in prompt for prompt in mixed) / len(mixed) == pytest.approx(0.3, abs=1e-3)
 

@@ -91,7 +91,7 @@ def _slow(rank):
     teacher = judges.teachers[""]
     with torch.no_grad():
         for parameter in student.model.parameters():
-            parameter.mul_(1 + 2**-7)
+            parameter.view(torch.int16).add_(1)
     before = [master.clone() for master in teacher.masters]
     theirs, moved = [p.float() for p in student.model.parameters()], []
     for step in range(1, 5):

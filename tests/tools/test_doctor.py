@@ -56,7 +56,10 @@ def test_the_cold_start_that_is_advised_is_a_config(tmp_path, monkeypatch):
     parallel = mesh.Parallel(1, 1, 1, 0, 0, 0, 0, torch.device("cpu"), None, None, None, None)
     asked = Material(config, parallel, prompts=4, words="config.yaml")
     generate, train = asked.remedy.split("; ")
-    assert generate == "python tools/generate.py teacher prompts.jsonl --out cold_start.jsonl"
+    assert generate == (
+        "python tools/generate.py teacher prompts.jsonl --max-prompt-tokens 64 --max-tokens 36 "
+        "--dtype float32 --reject truncated --out cold_start.jsonl"
+    )
     words = train.split()[3:]
     assert words[0] == "config.yaml"
     config = load_config(words[:1], words[1:])
