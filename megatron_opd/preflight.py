@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opd import build, memory, platform, schedule
-from megatron_opd.config import Config, Frozen, cautions, key_of_teacher, losses
+from megatron_opd.config import Config, Frozen, key_of_teacher, losses
+from megatron_opd.config_rules import cautions
 from megatron_opd.data import same_tokenizer, vocab_size
 from megatron_opd.loss import Objective, Total
 from megatron_opd.loss.fits import asked_by
@@ -76,9 +77,7 @@ class Plan:
         return self.longest_prompt + self.config.rollout.max_tokens
 
 
-def check(
-    config: Config, world: int, *, dry_run: bool = False, writes: bool = True
-) -> list[str]:
+def check(config: Config, world: int, *, dry_run: bool = False, writes: bool = True) -> list[str]:
     """Check files, run directory, ranks and networks; return what to warn about.
 
     With `dry_run`, weights and a GPU may be absent: that becomes a warning. Without `writes`,
@@ -105,9 +104,7 @@ def check(
     return warnings
 
 
-def preflight(
-    config: Config, world: int, *, dry_run: bool = False, writes: bool = True
-) -> Plan:
+def preflight(config: Config, world: int, *, dry_run: bool = False, writes: bool = True) -> Plan:
     """`check`, read tokenizers and prompts, and count the steps.
 
     Raises:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from megatron_opd.config import Config, cautions, resolve, sections, to_yaml
+from megatron_opd.config import Config, resolve, sections, to_yaml
 from megatron_opd.config_file import load_config
+from megatron_opd.config_rules import cautions
 from megatron_opd.loss import Objective
 
 MINIMAL = """
