@@ -85,10 +85,9 @@ class Lab:
     def _written(self, writer: str) -> Path:
         """Return the responses of a run's model to cold.jsonl."""
         path = self.run(writer) / "written.jsonl"
-        if not path.exists():
-            words = [str(self._model(writer)), str(self.data / "cold.jsonl"), "--out", str(path)]
-            words += [f"--{name}={value}" for name, value in (WRITE | {"seed": self.seed}).items()]
-            fork(generate.main, words)
+        words = [str(self._model(writer)), str(self.data / "cold.jsonl"), "--out", str(path)]
+        words += [f"--{name}={value}" for name, value in (WRITE | {"seed": self.seed}).items()]
+        fork(generate.main, words)  # which goes on where it was stopped, or is done
         return path
 
     def _made(self, name: str) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def margin(student: Estimate, teacher: Estimate, difference: Estimate) -> Row:
     if difference.low > 0:
         return Row("teacher's margin", "ok", value)
     if difference.high < 0:
-        advice = "the teacher is worse than the student, which will regress to it: swap them?"
+        advice = "the teacher is worse than the student by the verifier: the student will regress"
         return Row("teacher's margin", "fail", value, advice)
     advice = "within noise: the teacher may have nothing to teach; look at more --prompts"
     return Row("teacher's margin", "warn", value, advice)
