@@ -248,9 +248,7 @@ def _frozen_model(config: cfg.Config, section: cfg.Frozen, student: Student) -> 
     )
 
 
-def _served_teacher(
-    config: cfg.Config, section: cfg.Teacher, k: int, student: Student
-) -> Teacher:
+def _served_teacher(config: cfg.Config, section: cfg.Teacher, k: int, student: Student) -> Teacher:
     assert section.payload != "hidden"
     how = {"vocab_size": student.vocab_size, "payload": section.payload, "k": k}
     return ServerTeacher(connect(section, config), student.parallel, **how)

@@ -1,4 +1,4 @@
-"""Prompt files → templates → tokens; and whether two tokenizers are one."""
+"""Prompt files → templates → tokens, the student's and its teachers'."""
 
 import logging
 import re
@@ -56,15 +56,10 @@ def load_sources(
     words, chat = templates.read(data.template, key="data.template"), _chat(data, tokenizer)
     paths: Sequence[str] = data.prompts if files is None else files
     rows_of = [read_rows(data, path, teachers=teachers or None) for path in paths]
-    for of_one in rows_of:
-        check_ids(data, of_one)
     rows = [row for of_one in rows_of for row in of_one]
     if not rows:  # of no files
         return []
-    for row in rows:
-        _check_required(row, require)
-    if teachers:
-        _check_teachers(data, rows, teachers)
+    _check(data, rows_of, require, teachers)
     asked = [(row, _reworded(data, words, row)) for row in rows]
     texts, tokens = _encode(data, tokenizer, chat, asked)
     prompts = [
@@ -75,17 +70,34 @@ def load_sources(
     for name, context in (contexts or {}).items():
         if chat is not None and context.variables:
             _check_variables(data, tokenizer, chat, context.variables, context.key)
-        judged = [prompt for prompt in prompts if prompt.teacher == name]
-        told = [(rows[p.index], context.exchange(*asked[p.index])) for p in judged]
-        _, tokens = _encode(data, tokenizer, chat, told, context)
-        judged = [
-            replace(prompt, teacher_token_ids=tuple(ids))
-            for prompt, ids in zip(judged, tokens, strict=True)
-        ]
+        own = [prompt for prompt in prompts if prompt.teacher == name]
         others = [prompt for prompt in prompts if prompt.teacher != name]
-        prompts = [*others, *_short_enough(data, rows, judged, warn, context)]
+        told = [(rows[prompt.index], context.exchange(*asked[prompt.index])) for prompt in own]
+        _, tokens = _encode(data, tokenizer, chat, told, context)
+        own = [
+            replace(prompt, teacher_token_ids=tuple(ids))
+            for prompt, ids in zip(own, tokens, strict=True)
+        ]
+        prompts = [*others, *_short_enough(data, rows, own, warn, context)]
+    return _by_file(prompts, rows_of)
+
+
+def _check(
+    data: Any, rows_of: Sequence[list[Row]], require: Sequence[str], teachers: Collection[str]
+) -> None:
+    """Check what rows must have, and what they must not have in common."""
+    for of_one in rows_of:
+        check_ids(data, of_one)
+        for row in of_one:
+            _check_required(row, require)
+    if teachers:
+        _check_teachers(data, [row for of_one in rows_of for row in of_one], teachers)
+
+
+def _by_file(prompts: list[Prompt], rows_of: Sequence[list[Row]]) -> list[list[Prompt]]:
+    """Return the prompts of each file, in its order."""
     file_of = [number for number, of_one in enumerate(rows_of) for _ in of_one]
-    sources: list[list[Prompt]] = [[] for _ in paths]
+    sources: list[list[Prompt]] = [[] for _ in rows_of]
     for prompt in sorted(prompts, key=lambda prompt: prompt.index):
         sources[file_of[prompt.index]].append(prompt)
     return sources
@@ -270,41 +282,3 @@ def _short_enough(
         raise ValueError(f"{line}; none is left")
     warn(f"{line}; dropped")
     return kept
-
-
-def vocab_size(tokenizer: Any) -> int:
-    """Return the number of vocabulary rows that tokens use: the highest id + 1."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def same_tokenizer(
-    student: Any,
-    other: Any,
-    *,
-    name: str = "teacher",
-    allow: bool = False,
-    warn: Callable[[str], None] = log.warning,
-) -> None:
-    """Check that every id is the same token to both, ids that only one of them has included.
-
-    `name` is that of the other's section.
-
-    Raises:
-        ValueError: it is not, and `allow` is false; with `allow`, the line is a logged warning.
-    """
-    differ = differing_ids(student, other)
-    if not differ:
-        return
-    first = ", ".join(differ[:10])
-    line = f"{name}: {len(differ)} token ids differ from the student's ({first})"
-    if not allow:
-        raise ValueError(f"{line}; set {name}.allow_tokenizer_mismatch=true if it does not matter")
-    warn(f"{line}; allowed")
-
-
-def differing_ids(student: Any, other: Any) -> list[str]:
-    """Return "id: token vs token" for every id that is another token, or none, to one of them."""
-    mine = {index: token for token, index in student.get_vocab().items()}
-    theirs = {index: token for token, index in other.get_vocab().items()}
-    differ = [i for i in sorted(mine | theirs) if mine.get(i) != theirs.get(i)]
-    return [f"{i}: {mine.get(i)!r} vs {theirs.get(i)!r}" for i in differ]

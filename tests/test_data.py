@@ -1,6 +1,5 @@
 import json
 import logging
-import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,13 +8,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from megatron_opd.config import Data
-from megatron_opd.data import (
-    encode_response,
-    load_prompts,
-    load_sources,
-    same_tokenizer,
-    vocab_size,
-)
+from megatron_opd.data import encode_response, load_prompts, load_sources
 from megatron_opd.templates import wrap
 from tests.tokenizers import train_tokenizer
 
@@ -228,41 +221,13 @@ def test_a_response_ends_once(tokenizer):
     assert encode_response(tokenizer, "") == (2,)
 
 
-def test_tokenizers_are_compared_id_by_id(tmp_path, caplog):
-    one = train_tokenizer(tmp_path / "a")
-    same = train_tokenizer(tmp_path / "b")
-    same_tokenizer(one, same)
-    assert vocab_size(one) == 259
-
-    spoken = train_tokenizer(tmp_path / "c", ["abab abab"] * 9, vocab_size=262)
-    with pytest.raises(ValueError, match=r"3 token ids differ .*259: None vs 'ab'"):
-        same_tokenizer(one, spoken)
-    with caplog.at_level(logging.WARNING):
-        same_tokenizer(one, spoken, allow=True)
-    assert "3 token ids differ" in caplog.text
-
-    # as R1-Distill-Qwen does: special tokens that changed places at an equal vocabulary size
-    saved = (tmp_path / "a" / "tokenizer.json").read_text()
-    swapped = saved.replace("<|im_start|>", "<swap>").replace("<|im_end|>", "<|im_start|>")
-    (tmp_path / "a" / "tokenizer.json").write_text(swapped.replace("<swap>", "<|im_end|>"))
-    renamed = type(one)(tokenizer_file=str(tmp_path / "a" / "tokenizer.json"))
-    assert vocab_size(renamed) == vocab_size(one)
-    with pytest.raises(ValueError) as raised:
-        same_tokenizer(one, renamed)
-    assert "2 token ids differ" in str(raised.value) and "\n" not in str(raised.value)
-    assert "1: '<|im_start|>' vs '<|im_end|>'" in str(raised.value)
-    assert "teacher.allow_tokenizer_mismatch" in str(raised.value)
-
-
 @pytest.mark.skipif(not DAPO.exists(), reason="the DAPO prompts are not beside the repository")
-def test_dapo_loads_whole_in_seconds(tmp_path):
+def test_dapo_loads_whole(tmp_path):
     texts = [row["prompt"][0]["content"] for row in pq.read_table(DAPO).slice(0, 500).to_pylist()]
     tokenizer = train_tokenizer(tmp_path, texts, vocab_size=1000)
-    began = time.process_time()
     data = section(str(DAPO), max_prompt_tokens=4096)  # 1000 tokens of vocabulary: long prompts
     prompts = load_prompts(data, tokenizer, require=("answer",))
-    seconds = time.process_time() - began  # 5; a tokenizer asked row by row takes minutes
-    assert len(prompts) == 17917 and seconds < 30
+    assert len(prompts) == 17917
     assert len({p.text for p in prompts}) == 17398  # distinct questions
     assert len({p.question for p in prompts}) == 17398
     assert prompts[0].answer == "34" and prompts[0].source == "math_dapo"

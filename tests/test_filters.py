@@ -15,9 +15,7 @@ def rollout(finish="stop", reward=None) -> Rollout:
 
 
 def rejected(text, *names, of=None, **options) -> tuple[str, ...]:
-    return reasons(
-        build_filters(dict.fromkeys(names or FILTERS, options)), text, of or rollout()
-    )
+    return reasons(build_filters(dict.fromkeys(names or FILTERS, options)), text, of or rollout())
 
 
 def distinct(length: int) -> str:

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "stream": {"types"},
     "context": {"rows", "templates"},
     "data": {"context", "rows", "templates", "types"},
+    "vocabulary": set(),
     "dedup": {"templates"},
     "packing": {"types"},
     "advantage": {"types"},
@@ -61,6 +62,7 @@ MAY_IMPORT = {
         "teacher",
         "templates",
         "types",
+        "vocabulary",
     },
     "probes": {
         "build",

@@ -82,6 +82,12 @@ RUNS: dict[str, Run] = {
     "carries": Run("plain_teacher", settings=("student.init=hf",), held_out=CARRYING),
     "from_plain": opd(start="plain_start", teacher="plain_teacher", held_out=CARRYING),
     "from_carries": opd(start="plain_start", teacher="carries", held_out=CARRYING),
+    "from_plain_k16": opd(
+        "objective.k=16", start="plain_start", teacher="plain_teacher", held_out=CARRYING
+    ),
+    "from_carries_k16": opd(
+        "objective.k=16", start="plain_start", teacher="carries", held_out=CARRYING
+    ),
     # new_skill
     "same_data": Run("small", held_out=BOTH),
     "knows_more": Run("teacher", BOTH, settings=("student.init=hf",), held_out=BOTH),
@@ -142,7 +148,7 @@ FIGURES: dict[str, Figure] = {
         },
     ),
     "patterns": Figure(
-        "Two teachers of equal score: one thinks as the student does, one does not",
+        "Two teachers that score alike: one thinks as the student does, one does not",
         "Fig. 2",
         {"compatible": "opd", "incompatible": "from_left"},
         order=True,
@@ -150,7 +156,12 @@ FIGURES: dict[str, Figure] = {
     "knowledge": Figure(
         "A bigger teacher of the same data, which has no carry, and one that learned to carry",
         "Fig. 4",
-        {"same data, bigger": "from_plain", "knows more": "from_carries"},
+        {
+            "same data, bigger": "from_plain",
+            "knows more": "from_carries",
+            "same data, bigger, k = 16": "from_plain_k16",
+            "knows more, k = 16": "from_carries_k16",
+        },
         CARRYING,
     ),
     "new_skill": Figure(

@@ -10,13 +10,13 @@ import torch
 
 from megatron_opd import build, memory, signs
 from megatron_opd.answers import boxed, stated
-from megatron_opd.data import differing_ids
 from megatron_opd.doctor import evidence, prospects, reference, soundness
 from megatron_opd.doctor.bench import Who
 from megatron_opd.doctor.material import Material
 from megatron_opd.doctor.report import NOT_RUN, Row, not_run
 from megatron_opd.doctor.verdict import verdict
 from megatron_opd.loss import Objective
+from megatron_opd.vocabulary import differing_ids
 
 REFERENCE_TEXTS = 4  # that `transformers` reads too: hundreds of tokens are enough
 BUCKET = 1024  # tokens, as in the paper, where metrics.position_bucket names none
@@ -105,6 +105,8 @@ def loads(m: Material, who: Who) -> Row:
     sound = all(evidence.is_finite(name, texts) for name in ("student", "teacher"))
     if sound and not m.bench.problems:
         texts["the other's responses"] = m.by_teacher if who == "student" else m.student
+    if not texts:
+        return not_run(f"{who} loads", "no prompt has two tokens or an answer, so there is no text")
     row = soundness.loads(who, evidence.sanity(who, texts, size))
     if row.verdict == "fail" and sound and not m.teacher.reads_own_prompt:
         for keys, prompts in m.ways[0].items():

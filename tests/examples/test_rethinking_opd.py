@@ -120,5 +120,7 @@ def test_a_figure_trains_what_it_lacks_and_only_that(tmp_path):
 
 def test_an_unknown_figure_is_one_line(capsys, tmp_path):
     assert main(["suport"], tmp_path) == 2
-    assert capsys.readouterr().err.startswith("error: figure: got 'suport', expected support, k,")
+    assert capsys.readouterr().err.startswith(
+        "error: figure: got 'suport', expected support, support_code, k,"
+    )
     assert not list(tmp_path.iterdir())
