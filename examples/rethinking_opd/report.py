@@ -20,6 +20,7 @@ DYNAMICS = {
     "overlap mass": "distill/overlap_mass_student",
     "entropy gap": "distill/entropy_gap",
 }
+LEAST_GAP = 0.03  # of which a share means something: 256 answers are that exact
 EDGE = 5  # steps over which the beginning and the end are means
 Values = dict[str, tuple[float, ...]]  # column → what goes into a cell: from, to; or one number
 
@@ -40,7 +41,8 @@ def table(figure: Figure, labs: list[Lab]) -> list[str]:
     rows = {
         label: [dict(cells(lab, run, figure)) for lab in labs] for label, run in figure.arms.items()
     }
-    columns = list(dict.fromkeys(column for seeds in rows.values() for column in seeds[0]))
+    fullest_first = sorted((row for seeds in rows.values() for row in seeds), key=len, reverse=True)
+    columns = list(dict.fromkeys(column for row in fullest_first for column in row))
     lines = [f"| arm | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for label, seeds in rows.items():
         shown = [_cell(column, [of_seed.get(column) for of_seed in seeds]) for column in columns]
@@ -61,7 +63,7 @@ def cells(lab: Lab, name: str, figure: Figure) -> Iterator[tuple[str, tuple[floa
         teacher = accuracies(lab.records(run.teacher), file)[-1]
         yield f"{what}accuracy", (before, after)
         yield f"{what}teacher", (teacher,)
-        if teacher > before:
+        if teacher - before > LEAST_GAP:
             yield f"{what}gap recovered", ((after - before) / (teacher - before),)
     if run.teacher:
         yield from dynamics(records)

@@ -10,8 +10,8 @@ import torch
 
 from megatron_opd import build, memory, signs
 from megatron_opd.answers import boxed, stated
+from megatron_opd.bench import Who
 from megatron_opd.doctor import evidence, prospects, reference, soundness
-from megatron_opd.doctor.bench import Who
 from megatron_opd.doctor.material import Material
 from megatron_opd.doctor.report import NOT_RUN, Row, not_run
 from megatron_opd.doctor.verdict import verdict

@@ -10,8 +10,8 @@ import numpy as np
 from megatron_opd import signs
 from megatron_opd.doctor.prospects import Bucket, Variant
 from megatron_opd.doctor.soundness import Sanity
-from megatron_opd.probes.pair import Told
 from megatron_opd.probes.statistics import Estimate, auroc, mean
+from megatron_opd.told import Told
 
 
 def per_token(told: Told, name: str) -> Estimate:

@@ -8,15 +8,15 @@ from typing import Any
 
 from megatron_opd import build
 from megatron_opd import config as cfg
+from megatron_opd.bench import Bench, Who
 from megatron_opd.data import encode_response
 from megatron_opd.doctor import evidence, variants
-from megatron_opd.doctor.bench import Bench, Who
 from megatron_opd.loss import Total
 from megatron_opd.parallel import Parallel
 from megatron_opd.preflight import Plan, load_tokenizer, preflight
-from megatron_opd.probes.pair import Told
 from megatron_opd.probes.statistics import Estimate
 from megatron_opd.rollout import request_seed
+from megatron_opd.told import Told
 from megatron_opd.types import Prompt, Rollout
 
 

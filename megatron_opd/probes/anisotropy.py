@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_opd.probes.gradients import Outer
 from megatron_opd.probes.statistics import FEWEST, Estimate, estimate, forms, members
-from megatron_opd.probes.told import Array
+from megatron_opd.told import Array
 
 SIGNS = 400  # draws of one null model
 SHUFFLES = 20  # and of the other

@@ -39,7 +39,7 @@ from megatron_opd.probes.gradients import Outer, head_products, outer_products
 from megatron_opd.probes.length import bucket
 from megatron_opd.probes.pair import Pair
 from megatron_opd.probes.statistics import FEWEST, Estimate
-from megatron_opd.probes.told import Array, Told
+from megatron_opd.told import Array, Told
 
 SUPPORTS: dict[str, dict[str, Any]] = {  # the reverse KL elsewhere
     "sampled": {"form": "policy_gradient"},
@@ -118,7 +118,7 @@ def gradients(
     parts: dict[str, list[Outer]] = {}
     student, start = pair.models["student"], 0
     head = student.head(pair.vocab_size)
-    for batch in pair.microbatches(told.rollouts):
+    for batch in pair.bench.batches(told.rollouts):
         stop = start + len(batch.target_N)
         here = chosen_n[(chosen_n >= start) & (chosen_n < stop)] - start
         start = stop

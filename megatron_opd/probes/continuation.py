@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_opd.probes.pair import Pair, Who
 from megatron_opd.probes.statistics import mean
-from megatron_opd.probes.told import Array
+from megatron_opd.told import Array
 from megatron_opd.types import Prompt, Rollout
 
 WRITERS: tuple[Who, ...] = ("teacher", "student")
@@ -69,9 +69,16 @@ def _after(pair: Pair, cut: list[Rollout], length: int, draw: int) -> dict[str, 
 
 
 def prefix(rollout: Rollout, index: int, length: int) -> Prompt:
-    """Return the prompt that ends with the first `length` tokens of a response."""
-    ids = rollout.prompt.token_ids + rollout.response_ids[:length]
-    return replace(rollout.prompt, index=index, token_ids=ids, copy=0)
+    """Return the prompt that ends with the first `length` tokens of a response, to both models."""
+    own, read = rollout.prompt.token_ids, rollout.prompt.teacher_token_ids
+    begun = rollout.response_ids[:length]
+    return replace(
+        rollout.prompt,
+        index=index,
+        copy=0,
+        token_ids=own + begun,
+        teacher_token_ids=None if read is None else read + begun,
+    )
 
 
 def table(found: dict[str, Any]) -> list[str]:

@@ -31,7 +31,7 @@ from megatron_opd.loss.engine import Pass
 from megatron_opd.loss.fused import HeadGradient
 from megatron_opd.loss.shard import Projector, VocabShard, blocks, wide
 from megatron_opd.model import HiddenGPT
-from megatron_opd.probes.told import Array
+from megatron_opd.told import Array
 from megatron_opd.types import Head, HiddenScores, Microbatch
 
 WRITERS = {"attention": "self_attention.linear_proj", "mlp": "mlp.linear_fc2"}

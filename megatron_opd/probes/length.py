@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_opd.probes.pair import Pair
 from megatron_opd.probes.statistics import FEWEST, mean
-from megatron_opd.probes.told import Array, Told
+from megatron_opd.told import Array, Told
 
 SIGNALS = {
     "reverse_kl": "distill/reverse_kl",

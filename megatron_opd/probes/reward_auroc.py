@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_opd.probes.pair import Pair
 from megatron_opd.probes.statistics import Estimate, auroc, mean
-from megatron_opd.probes.told import Array, Told
+from megatron_opd.told import Array, Told
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the tokens of a response, from its start
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_opd.probes.told import Array
+from megatron_opd.told import Array
 
 RESAMPLES = 1000
 FEWEST = 8  # prompts that a figure of some of the tokens needs

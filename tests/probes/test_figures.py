@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_opd.probes import coherence, length, reward_auroc
-from megatron_opd.probes.told import Told
+from megatron_opd.told import Told
 from tests.tiny import make_rollouts
 
 LENGTHS = (4, 2, 4, 1)

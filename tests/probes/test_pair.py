@@ -17,7 +17,7 @@ def _told(rank, folder, overrides):
     """Return what a pair tells of 12 responses."""
     pair = Pair(read(folder, MICROBATCHES, *overrides), mesh.initialize())
     written = pair.write("student", pair.prompts, n=3)
-    assert 1 < len(list(pair.microbatches(written))) < len(written)
+    assert 1 < len(pair.bench.batches(written)) < len(written)
     return pair.look(written), [pair.tokenizer.decode(r.response_ids) for r in written]
 
 

@@ -21,10 +21,10 @@ from megatron_opd.loss.view import View
 from megatron_opd.model import HiddenGPT, architecture, build_model, load_hf, padded_vocab
 from megatron_opd.packing import needed_microbatches, pack
 from megatron_opd.parallel import Parallel
-from megatron_opd.probes.pair import Told
 from megatron_opd.rollout import RolloutEngine, Sampling
 from megatron_opd.rollout.megatron import MegatronEngine
 from megatron_opd.teacher.megatron import MegatronTeacher
+from megatron_opd.told import Told
 from megatron_opd.types import HiddenScores, Microbatch, Prompt, Rollout
 
 Who = Literal["student", "teacher"]
@@ -94,15 +94,15 @@ class Bench:
         return list(things[self.parallel.dp_rank :: self.parallel.dp])
 
     def write(
-        self, who: Who, prompts: Sequence[Prompt], sampling: Sampling, seed: int
+        self, who: Who, prompts: Sequence[Prompt], sampling: Sampling, seed: int, *, n: int = 1
     ) -> list[Rollout]:
-        """Return this replica's responses, one to each prompt of its share.
+        """Return this replica's responses, `n` to each prompt of its share.
 
         The student's come from the run's engine. The teacher answers what it reads.
         """
         mine = self.mine(prompts)
         if who == "student":
-            return self._engine().generate(mine, n=1, sampling=sampling, seed=seed)
+            return self._engine().generate(mine, n=n, sampling=sampling, seed=seed)
         engine = MegatronEngine(
             self.models["teacher"],
             self.parallel,
@@ -110,8 +110,9 @@ class Bench:
             batch_size=self.config.rollout.batch_size,
         )
         read = [replace(p, token_ids=p.teacher_token_ids or p.token_ids) for p in mine]
-        rollouts = engine.generate(read, n=1, sampling=replace(sampling, top_ids=0), seed=seed)
-        return [replace(r, prompt=p) for r, p in zip(rollouts, mine, strict=True)]
+        rollouts = engine.generate(read, n=n, sampling=replace(sampling, top_ids=0), seed=seed)
+        asked = [prompt for prompt in mine for _ in range(n)]
+        return [replace(r, prompt=p) for r, p in zip(rollouts, asked, strict=True)]
 
     def _engine(self) -> RolloutEngine:
         """Return the run's engine, with the student's weights."""
