@@ -24,6 +24,11 @@ def truncated(text: str, rollout: Rollout) -> bool:
     return rollout.finish == "length"
 
 
+def empty(text: str, rollout: Rollout) -> bool:
+    """Say whether the response ended at once: there is nothing to learn, or to replay."""
+    return not text.strip()
+
+
 def no_box(text: str, rollout: Rollout) -> bool:
     r"""Say whether no `\boxed{…}` holds an answer."""
     return boxed(text) is None
@@ -70,6 +75,7 @@ def _most(parts: Sequence[str]) -> int:
 
 FILTERS: dict[str, Callable[..., bool]] = {
     "truncated": truncated,
+    "empty": empty,
     "no_box": no_box,
     "wrong": wrong,
     "repeated_lines": repeated_lines,

@@ -25,6 +25,7 @@ JUMP = 0.2  # of the share of truncated responses
 GROWTH, GROWTH_NATS = 10.0, 1e-3  # of the mismatch, and from where on it matters
 
 _BUCKET = re.compile(r"student/entropy@(\d+)")
+_TEACHER = re.compile(r"teacher/entropy(?:@([A-Za-z].*))?")  # of all teachers, or of one by name
 
 
 @dataclass
@@ -41,7 +42,7 @@ class History:
         """Keep what the rules look at."""
         self.step = step
         for name, value in record.items():
-            if name in WATCHED or _BUCKET.fullmatch(name):
+            if name in WATCHED or _BUCKET.fullmatch(name) or _TEACHER.fullmatch(name):
                 self.values.setdefault(name, []).append(value)
                 self.last[name] = step
 
@@ -53,14 +54,16 @@ class History:
 
 def teacher_knows_nothing(history: History) -> str | None:
     """Find a teacher that prefers hardly any token: random weights, or none, look like this."""
-    values = history.of("teacher/entropy", 1)
-    if not values or not signs.prefers_nothing(values[-1], history.vocab_size):
-        return None
-    return (
-        f"teacher: its entropy is {values[-1]:.2f} nats of at most "
-        f"{math.log(history.vocab_size):.2f}, so it prefers hardly any token; are the weights in "
-        "teacher.path trained, and is the prompt in its format?"
-    )
+    for name in list(history.values):
+        teacher, values = _TEACHER.fullmatch(name), history.of(name, 1)
+        if teacher and values and signs.prefers_nothing(values[-1], history.vocab_size):
+            key = f"teachers.{teacher[1]}" if teacher[1] else "teacher"
+            return (
+                f"{key}: its entropy is {values[-1]:.2f} nats of at most "
+                f"{math.log(history.vocab_size):.2f}, so it prefers hardly any token; are the "
+                f"weights in {key}.path trained, and is the prompt in its format?"
+            )
+    return None
 
 
 def overlap(history: History) -> str | None:
@@ -168,7 +171,6 @@ RULES: tuple[Callable[[History], str | None], ...] = (
     mismatch,
 )
 WATCHED = {
-    "teacher/entropy",
     "distill/overlap_ratio",
     "distill/overlap_mass_student",
     "distill/overlap_mass_teacher",

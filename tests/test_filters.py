@@ -27,6 +27,7 @@ def test_a_response_may_have_several_faults():
     assert rejected(r"\boxed{1}") == ()
     assert rejected("1", of=rollout("length", 0.0)) == ("truncated", "no_box", "wrong")
     assert rejected(r"\boxed{1}", of=rollout(reward=1.0)) == ()
+    assert rejected(" \n", "truncated", "empty") == ("empty",)
     assert rejected("", "wrong", of=rollout(reward=0.4), above=0.3) == ()
 
 
@@ -85,7 +86,7 @@ def test_a_long_text_takes_no_time():
 
 def test_wrong_names_and_options_are_told():
     for asked, told in [
-        ({"boring": {}}, "got 'boring', expected one of truncated, no_box, wrong"),
+        ({"boring": {}}, "got 'boring', expected one of truncated, empty, no_box"),
         ({"truncated": {"n": 1}}, "filter truncated.n: no such option; it has no options"),
         ({"repeated_lines": {"n": 1}}, "its options are length, times"),
         ({"repeated_lines": {"times": 0}}, "got 0, expected a whole number > 0"),

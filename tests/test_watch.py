@@ -70,6 +70,10 @@ def grow_late(step, record):
 
 BAD = {
     "teacher entropy": (set_to("teacher/entropy", lambda _: 11.5), "teacher: its entropy is 11.50"),
+    "one teacher of several": (
+        set_to("teacher/entropy@code", lambda _: 11.5),
+        "teachers.code: its entropy is 11.50",
+    ),
     "falling overlap": (
         set_to("distill/overlap_ratio", lambda step: 0.8 - 0.002 * (step - 100)),
         "distill/overlap_ratio fell",

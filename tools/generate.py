@@ -47,11 +47,11 @@ EXAMPLES = """\
 examples:
   %(prog)s Qwen3-4B openthoughts.parquet --template boxed --engine vllm --tp 2 \\
       --chat-template-kwargs enable_thinking=false --reward math \\
-      --reject truncated no_box repeated_lines repeated_windows repeated_blocks \\
+      --reject truncated empty no_box repeated_lines repeated_windows repeated_blocks \\
       --out rollouts.jsonl
   python -m megatron_opd sft.yaml rollout.engine=replay data.prompts=[rollouts.jsonl]"""
 PAPER = {"n": 1, "max_tokens": 12288, "temperature": 0.7, "top_p": 0.95, "top_k": 0, "seed": 0}
-ALWAYS = ("truncated", "repeated_lines", "repeated_windows", "repeated_blocks")
+ALWAYS = ("truncated", "empty", "repeated_lines", "repeated_windows", "repeated_blocks")
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
