@@ -39,8 +39,14 @@ class History:
     step: int = 0
 
     def add(self, step: int, record: Mapping[str, float]) -> None:
-        """Keep what the rules look at."""
+        """Keep what the rules look at.
+
+        Responses of older weights differ from the student because it has learned since: their
+        mismatch says nothing of the engine.
+        """
         self.step = step
+        if record.get("rollout/staleness_steps"):
+            record = {k: v for k, v in record.items() if k != "policy/mismatch_kl"}
         for name, value in record.items():
             if name in WATCHED or _BUCKET.fullmatch(name) or _TEACHER.fullmatch(name):
                 self.values.setdefault(name, []).append(value)

@@ -51,6 +51,15 @@ def test_healthy_curves_are_silent(seed):
     assert lines_of(seed=seed, steps=250) == []
 
 
+def test_stale_responses_are_no_mismatch_of_the_engine():
+    def stale(step, record):
+        late = step % 4 != 1
+        mismatch = {"policy/mismatch_kl": 0.2} if late else {}
+        return record | mismatch | {"rollout/staleness_steps": float(late)}
+
+    assert lines_of(stale) == []
+
+
 def test_a_run_without_a_teacher_or_measurements_is_silent():
     only = ("optim/grad_norm", "rollout/truncated_fraction")
     assert lines_of(lambda step, record: {name: record[name] for name in only}) == []
