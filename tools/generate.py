@@ -5,7 +5,7 @@ more. A response that a filter rejects is drawn again, and at last left out; all
 are in OUT's neighbour NAME.rejected.jsonl, with the reasons. NAME.progress.json says how far the
 work is: the same command goes on where it was stopped, and ends with the same files.
 
-filters: truncated · no_box · wrong (by --reward; :above=0.5 is right) · repeated_lines (:length=20,
+filters: truncated · empty · no_box · wrong (by --reward; :above=0.5) · repeated_lines (:length=20,
 times=5) · repeated_windows (:length=100,stride=10,times=3) · repeated_blocks (:length=50,times=3,
 longer_than=5000). Options go behind a colon: repeated_lines:times=4,length=10."""
 
