@@ -21,7 +21,7 @@ from megatron_opd.vocabulary import differing_ids
 REFERENCE_TEXTS = 4  # that `transformers` reads too: hundreds of tokens are enough
 BUCKET = 1024  # tokens, as in the paper, where metrics.position_bucket names none
 FIRST = ("tokenizers", "student loads", "teacher loads")  # the others rest on them
-GRADED = {"math": (r"\boxed{…}", boxed), "math_answer": ("Answer: …", stated)}
+GRADED = {"math": (r"\boxed{…}", boxed), "math_line": ("Answer: …", stated)}
 
 
 def examine(material: Material) -> list[Row]:
@@ -236,7 +236,7 @@ def form(m: Material) -> Row:
         what, reads = graded
         remedy = (
             f"eval.reward={m.config.eval.reward} scores responses without {what} 0: choose "
-            "the data.template that asks for it (boxed: math; dapo: math_answer)"
+            "the data.template that asks for it (boxed: math; dapo: math_line)"
         )
     else:
         return Row("format", "ok", f"eval.reward={m.config.eval.reward} asks for none")
@@ -248,7 +248,7 @@ def form(m: Material) -> Row:
 
 
 def news(m: Material) -> Row:
-    """Ask whether the teacher is more than the student itm."""
+    """Ask whether the teacher is more than the student itself."""
     kl = evidence.per_token(m.student, "distill/reverse_kl").value
     same = m.bench.same_weights and not m.teacher.reads_own_prompt
     difference = None if m.ungraded else m.accuracies[2]

@@ -7,11 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_opd.doctor import prospects, soundness
+from megatron_opd.doctor.checks import GRADED
 from megatron_opd.doctor.prospects import Bucket, Variant
 from megatron_opd.doctor.report import Row, not_run, table
 from megatron_opd.doctor.soundness import Sanity
 from megatron_opd.doctor.verdict import BROKEN, DECISIVE, verdict
 from megatron_opd.probes.statistics import Estimate
+from megatron_opd.reward import REWARDS
 
 V = 151_669
 GOOD = {"prompts": 1.4, "responses": 0.6}
@@ -261,3 +263,7 @@ def test_the_table_is_aligned_and_colored_only_when_asked():
     assert all(line[:24].isspace() for line in lines if line not in first)
     assert "not run: there is no other" in lines[-1]
     assert "\033[31mfail\033[0m" in table(rows, color=True)
+
+
+def test_the_graders_that_want_a_form_are_rewards_that_exist():
+    assert set(GRADED) <= set(REWARDS)
