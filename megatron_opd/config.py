@@ -96,6 +96,14 @@ class Parallel(Section):
     """Tensor-parallel size: ranks that share every layer."""
     pp: Positive = 1
     """Pipeline-parallel size: ranks that each hold a run of layers."""
+    vpp: Positive = 1
+    """Runs of layers on every pipeline stage: more of them wait less for each other; needs pp > 1."""
+    cp: Positive = 1
+    """Context-parallel size: ranks that each hold a part of every sequence."""
+    ep: Positive = 1
+    """Expert-parallel size: ranks that each hold some of the experts, across the replicas."""
+    etp: Positive | None = None
+    """Tensor-parallel size inside an expert; null: tp."""
     sequence_parallel: bool = False
     """Split norms and residuals over the tensor-parallel ranks along the tokens; needs tp > 1."""
     timeout_minutes: Positive = 30
@@ -324,6 +332,8 @@ class Optimizer(Section):
     """Learning rate after the warm-up, until the last step."""
     distributed: bool = True
     """Share the optimizer states out over the data-parallel ranks."""
+    offload: bool = False
+    """Keep its states in host memory but for the update, and gradients but in train; needs a GPU."""
 
 
 class Train(Section):

@@ -1,7 +1,8 @@
 """torchrun's ranks → Megatron's process groups → `Parallel`, and how ranks agree.
 
-Ranks form a mesh `arange(world).view(pp, dp, tp)`: tensor-parallel peers are neighbours, pipeline
-stages are furthest apart. One *replica* is the tp × pp ranks that hold one copy of the model.
+Ranks form a mesh `arange(world).view(pp, dp, cp, tp)`: tensor-parallel peers are neighbours, pipeline
+stages are furthest apart. One *replica* is the tp × cp × pp ranks that have the same responses.
+Experts are spread otherwise: the tp · cp · dp ranks of a stage are `view(expert_dp, ep, etp)`.
 """
 
 import os
@@ -31,20 +32,30 @@ class Parallel:
     tp: int
     pp: int
     dp: int
+    cp: int
+    ep: int
+    etp: int
+    vpp: int  # chunks of layers on every pipeline stage
     rank: int
     tp_rank: int
     pp_rank: int
     dp_rank: int
+    cp_rank: int
+    ep_rank: int
+    etp_rank: int
     device: torch.device
     tp_group: Any
     pp_group: Any
-    dp_group: Any
-    replica_group: Any  # the tp × pp ranks of one model copy
+    dp_group: Any  # replicas, which have other responses
+    cp_group: Any  # each has a part of every sequence
+    ep_group: Any  # each has some of the experts
+    etp_group: Any
+    replica_group: Any  # the tp × cp × pp ranks of one replica
     sequence_parallel: bool = False
 
     @property
     def world(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.cp * self.pp * self.dp
 
     @property
     def is_main(self) -> bool:
@@ -61,8 +72,12 @@ class Parallel:
 
     @property
     def head_rank(self) -> int:
-        """Global rank of this replica's last pipeline stage, first tensor-parallel rank."""
-        return ((self.pp - 1) * self.dp + self.dp_rank) * self.tp
+        """Global rank of this replica's last pipeline stage, first in its tp and cp groups."""
+        return ((self.pp - 1) * self.dp + self.dp_rank) * self.cp * self.tp
+
+    def place(self, layer: int, layers: int) -> tuple[int, int]:
+        """Return the pipeline stage, and the chunk of it, that hold one of so many layers."""
+        return place(layer, layers, self.pp, self.vpp)
 
     def owner(self, function: Callable[[], T]) -> T:
         """Run `function` on rank 0 alone and return its value, or raise its error, everywhere."""
@@ -96,31 +111,58 @@ class Parallel:
         return [value for value, _ in seen]
 
 
-def check_layout(world: int, tp: int, pp: int) -> int:
-    """Return the data-parallel size, or raise `ValueError` when tp × pp does not divide world."""
-    if world % (tp * pp):
+def place(layer: int, layers: int, pp: int, vpp: int = 1) -> tuple[int, int]:
+    """Return (stage, chunk) of a layer: chunks of equal size are dealt out to the stages in turn."""
+    virtual = layer * pp * vpp // layers
+    return virtual % pp, virtual // pp
+
+
+def check_layout(
+    world: int, tp: int, pp: int, *, cp: int = 1, ep: int = 1, etp: int | None = None
+) -> int:
+    """Return the data-parallel size.
+
+    Raises:
+        ValueError: tp × cp × pp does not divide the ranks, or ep × etp those of a stage.
+    """
+    if world % (tp * cp * pp):
+        wanted, axes = f"tp={tp} × pp={pp}", "parallel.tp / parallel.pp"
+        if cp > 1:
+            wanted, axes = f"tp={tp} × cp={cp} × pp={pp}", f"{axes} / parallel.cp"
         raise ValueError(
-            f"parallel: tp={tp} × pp={pp} needs a multiple of {tp * pp} ranks, got {world}; "
-            "change --nproc-per-node or parallel.tp / parallel.pp"
+            f"parallel: {wanted} needs a multiple of {tp * cp * pp} ranks, got {world}; "
+            f"change --nproc-per-node or {axes}"
         )
-    return world // (tp * pp)
+    etp = etp or tp
+    if world // pp % (ep * etp):
+        raise ValueError(
+            f"parallel: ep={ep} × etp={etp} needs a multiple of {ep * etp} ranks on each of "
+            f"{pp} pipeline stages, got {world // pp}; change parallel.ep or parallel.etp"
+        )
+    return world // (tp * cp * pp)
 
 
 def initialize(
     tp: int = 1,
     pp: int = 1,
     *,
+    cp: int = 1,
+    ep: int = 1,
+    etp: int | None = None,
+    vpp: int = 1,
     sequence_parallel: bool = False,
     seed: int = 0,
     timeout_minutes: int = 30,
 ) -> Parallel:
     """Join the process group (torchrun's environment, or a world of one) and build the mesh.
 
+    `etp` is the tensor-parallel size inside an expert; None: `tp`.
+
     Raises:
-        ValueError: tp × pp does not divide the number of ranks.
+        ValueError: the axes do not divide the number of ranks.
     """
     world, device = int(os.environ.get("WORLD_SIZE", 1)), platform.device()
-    dp = check_layout(world, tp, pp)
+    dp = check_layout(world, tp, pp, cp=cp, ep=ep, etp=etp)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -131,6 +173,10 @@ def initialize(
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+        context_parallel_size=cp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
         distributed_timeout_minutes=timeout_minutes,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -138,17 +184,36 @@ def initialize(
         tp=tp,
         pp=pp,
         dp=dp,
+        cp=cp,
+        ep=ep,
+        etp=etp or tp,
+        vpp=vpp,
         rank=dist.get_rank(),
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         pp_rank=mpu.get_pipeline_model_parallel_rank(),
         dp_rank=mpu.get_data_parallel_rank(),
+        cp_rank=mpu.get_context_parallel_rank(),
+        ep_rank=mpu.get_expert_model_parallel_rank(),
+        etp_rank=mpu.get_expert_tensor_parallel_rank(),
         device=device,
         tp_group=mpu.get_tensor_model_parallel_group(),
         pp_group=mpu.get_pipeline_model_parallel_group(),
         dp_group=mpu.get_data_parallel_group(),
-        replica_group=mpu.get_model_parallel_group(),
+        cp_group=mpu.get_context_parallel_group(),
+        ep_group=mpu.get_expert_model_parallel_group(),
+        etp_group=mpu.get_expert_tensor_parallel_group(),
+        replica_group=_replica_group(tp, pp, cp, dp),
         sequence_parallel=sequence_parallel and tp > 1,
     )
+
+
+def _replica_group(tp: int, pp: int, cp: int, dp: int) -> Any:
+    """Return Megatron's tp × pp group, or with context parallelism, which it counts out, ours."""
+    if cp == 1:
+        return mpu.get_model_parallel_group()
+    mesh = torch.arange(tp * pp * cp * dp).view(pp, dp, cp * tp)
+    groups = [dist.new_group(mesh[:, replica].flatten().tolist()) for replica in range(dp)]
+    return groups[mpu.get_data_parallel_rank()]
 
 
 def shutdown() -> None:

@@ -8,6 +8,7 @@ wherever it was packed and whichever replica holds it.
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -24,8 +25,9 @@ from torch import Tensor
 from megatron_opd import config as cfg
 from megatron_opd.loss import Objective, Total
 from megatron_opd.metrics import Metrics
-from megatron_opd.model import enter_head
+from megatron_opd.model import Stage, enter_head
 from megatron_opd.model.pipeline import run_schedule
+from megatron_opd.offload import UpdateMemory
 from megatron_opd.parallel import Parallel
 from megatron_opd.types import Head, Microbatch, Scores
 
@@ -52,12 +54,17 @@ class Judgement(NamedTuple):
 class Student:
     """The trained model with what trains it: gradient buffers, optimiser and schedule."""
 
-    model: Any  # the bare model: generation, export
-    ddp: Any  # the same model with gradient buffers: training
+    model: Stage  # the bare model: generation, export
+    ddp: Sequence[Any]  # its chunks with gradient buffers: training
     optimizer: Any
     scheduler: OptimizerParamScheduler
     parallel: Parallel
     vocab_size: int
+    away: UpdateMemory | None = None  # where gradients and optimiser leave the device between steps
+
+    def states(self) -> AbstractContextManager[None]:
+        """Have the optimiser's tensors on the device, for whoever reads or replaces them."""
+        return self.away.present() if self.away else nullcontext()
 
     def head(self) -> Head:
         """Return the output projection to train (last pipeline stage only).
@@ -70,21 +77,19 @@ class Student:
 
 
 def make_student(
-    model: Any, parallel: Parallel, optimizer: cfg.Optimizer, *, steps: int, vocab_size: int
+    model: Stage, parallel: Parallel, optimizer: cfg.Optimizer, *, steps: int, vocab_size: int
 ) -> Student:
     """Give `model` gradient buffers in fp32, AdamW on fp32 main parameters, and a schedule."""
-    ddp = DistributedDataParallel(
-        config=model.config,
-        ddp_config=DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=optimizer.distributed,
-        ),
-        module=model,
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=optimizer.distributed,
     )
-    adamw = get_megatron_optimizer(_optimizer_config(optimizer, model.config.params_dtype), [ddp])
+    ddp = [DistributedDataParallel(model.config, ddp_config, chunk) for chunk in model.chunks]
+    adamw = get_megatron_optimizer(_optimizer_config(optimizer, model.config.params_dtype), ddp)
     assert float(adamw.get_loss_scale()) == 1.0, "the head's gradient would be without it"
     model.config.grad_scale_func = adamw.scale_loss
-    model.config.no_sync_func = ddp.no_sync
+    no_sync = [chunk.no_sync for chunk in ddp]
+    model.config.no_sync_func = no_sync if len(ddp) > 1 else no_sync[0]
     return Student(
         model=model,
         ddp=ddp,
@@ -92,6 +97,7 @@ def make_student(
         scheduler=_scheduler(adamw, optimizer, steps),
         parallel=parallel,
         vocab_size=vocab_size,
+        away=UpdateMemory(ddp, adamw, parallel.device) if optimizer.offload else None,
     )
 
 
@@ -145,7 +151,10 @@ def train_step(
     """
     model = student.model
     model.train()
-    student.ddp.zero_grad_buffer()
+    if student.away:
+        student.away.make_gradients()
+    for chunk in student.ddp:
+        chunk.zero_grad_buffer()
     student.optimizer.zero_grad()
     metrics, counts = Metrics(), []
 
@@ -168,7 +177,11 @@ def train_step(
     student.scheduler.step(1)
     if not counts[0]:
         _stand_still(student)
+    if student.away:
+        student.away.fetch_states()
     _, grad_norm, _ = student.optimizer.step()
+    if student.away:
+        student.away.release()
     if not math.isfinite(grad_norm):  # the norm is global: every rank stops, and none waits
         raise FloatingPointError(
             f"the gradient norm is {grad_norm}: the weights in memory are lost; go on from the "

@@ -18,6 +18,10 @@ def main(config: cfg.Config) -> None:
     parallel = mesh.initialize(
         config.parallel.tp,
         config.parallel.pp,
+        cp=config.parallel.cp,
+        ep=config.parallel.ep,
+        etp=config.parallel.etp,
+        vpp=config.parallel.vpp,
         sequence_parallel=config.parallel.sequence_parallel,
         seed=config.seed,
         timeout_minutes=config.parallel.timeout_minutes,

@@ -12,7 +12,7 @@ from megatron_opd.model.config import (  # noqa: E402
     padded_vocab,
     read_config,
 )
-from megatron_opd.model.gpt import HiddenGPT, enter_head, forward  # noqa: E402
+from megatron_opd.model.gpt import HiddenGPT, Stage, enter_head, forward  # noqa: E402
 from megatron_opd.model.transformer import transformer_config  # noqa: E402
 from megatron_opd.model.weights import (  # noqa: E402
     check_files,
@@ -25,6 +25,7 @@ from megatron_opd.model.weights import (  # noqa: E402
 __all__ = [
     "Architecture",
     "HiddenGPT",
+    "Stage",
     "architecture",
     "build_model",
     "check_files",

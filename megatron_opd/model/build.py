@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_opd import platform
 from megatron_opd.model import config as hf_config
-from megatron_opd.model.config import HFConfig
-from megatron_opd.model.gpt import HiddenGPT
+from megatron_opd.model.config import Architecture, HFConfig
+from megatron_opd.model.gpt import HiddenGPT, Stage
 from megatron_opd.model.spec import block_spec
 from megatron_opd.model.transformer import transformer_config
 from megatron_opd.model.weights import init_random
@@ -27,7 +28,7 @@ def build_model(
     megatron: Mapping[str, Any] | None = None,
     trainable: bool = True,
     seed: int | None = 0,
-) -> HiddenGPT:
+) -> Stage:
     """Build this rank's part of the model on its device.
 
     Args:
@@ -48,6 +49,10 @@ def build_model(
         dtype=dtype,
         tp=parallel.tp,
         pp=parallel.pp,
+        vpp=parallel.vpp,
+        cp=parallel.cp,
+        ep=parallel.ep,
+        etp=parallel.etp,
         sequence_parallel=parallel.sequence_parallel,
     )
     if (
@@ -61,20 +66,31 @@ def build_model(
             dtype,
             arch.head_dim,
         )
-    model = HiddenGPT(
-        config=config,
-        transformer_layer_spec=block_spec(config),
-        vocab_size=padded_vocab or hf_config.padded_vocab(arch.vocab_rows, parallel.tp),
-        max_sequence_length=arch.max_positions,
-        pre_process=parallel.is_first_stage,
-        post_process=parallel.is_last_stage,
-        share_embeddings_and_output_weights=arch.tied,
-        position_embedding_type="rope",
-    )
-    model.architecture = arch
-    # a plain attribute, so no cast of the module reaches it: it stays fp32
-    model.rotary_pos_emb.inv_freq = arch.inv_freq().to(parallel.device)
+    rows = padded_vocab or hf_config.padded_vocab(arch.vocab_rows, parallel.tp)
+    model = Stage([_chunk(arch, config, parallel, chunk, rows) for chunk in range(parallel.vpp)])
     model.to(parallel.device)
     if seed is not None:
         init_random(model, seed=seed)
     return model if trainable else model.requires_grad_(False).eval()
+
+
+def _chunk(
+    arch: Architecture, config: TransformerConfig, parallel: Parallel, chunk: int, rows: int
+) -> HiddenGPT:
+    """Build one of the runs of layers that this rank holds."""
+    virtual = chunk if parallel.vpp > 1 else None
+    model = HiddenGPT(
+        config=config,
+        transformer_layer_spec=block_spec(config, virtual),
+        vocab_size=rows,
+        max_sequence_length=arch.max_positions,
+        pre_process=parallel.is_first_stage and chunk == 0,
+        post_process=parallel.is_last_stage and chunk == parallel.vpp - 1,
+        share_embeddings_and_output_weights=arch.tied,
+        position_embedding_type="rope",
+        vp_stage=virtual,
+    )
+    model.architecture = arch
+    # a plain attribute, so no cast of the module reaches it: it stays fp32
+    model.rotary_pos_emb.inv_freq = arch.inv_freq().to(parallel.device)
+    return model

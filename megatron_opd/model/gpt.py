@@ -6,13 +6,13 @@ one position), so no `[T, V]` logits ever leave a forward.
 Shape suffixes: T packed tokens (T / tp under sequence parallelism) · H hidden · V vocabulary.
 """
 
-from typing import Any
+from typing import Any, cast
 
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnBackend
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_opd.model.config import Architecture
 from megatron_opd.parallel import Parallel
@@ -44,12 +44,36 @@ class HiddenGPT(GPTModel):
         return Head(weight_VH, vocab_size, self.pg_collection.tp)
 
 
+class Stage(nn.ModuleList):
+    """This rank's chunks of a model: one, or with virtual pipeline stages several.
+
+    They are runs of layers in the order of the network; the first chunk of the first stage has the
+    embedding, the last chunk of the last stage the head.
+    """
+
+    def __init__(self, chunks: list[HiddenGPT]):
+        super().__init__(chunks)
+        self.config = chunks[0].config
+        self.architecture = chunks[0].architecture
+        self.vocab_size = chunks[0].vocab_size  # padded, over all ranks
+
+    @property
+    def chunks(self) -> list[HiddenGPT]:
+        return cast(list[HiddenGPT], list(self))
+
+    def head(self, vocab_size: int) -> Head:
+        """Return the output projection (last stage only); `vocab_size` is the tokenizer's."""
+        return self.chunks[-1].head(vocab_size)
+
+
 def forward(model: Any, microbatch: Microbatch) -> Tensor:
     """Run one packed microbatch and return this stage's output, `[T, 1, H]`.
 
-    `model` is a `HiddenGPT`, or Megatron's DistributedDataParallel around one. A later pipeline
-    stage reads the input that `set_input_tensor` was given.
+    `model` is a `HiddenGPT`, Megatron's DistributedDataParallel around one, or a `Stage` of one. A
+    later pipeline stage reads the input that `set_input_tensor` was given.
     """
+    if isinstance(model, Stage):
+        (model,) = model.chunks
     config = model.config
     assert (
         not config.sequence_parallel

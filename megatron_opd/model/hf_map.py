@@ -52,14 +52,15 @@ def manifest(arch: Architecture) -> dict[str, Shape]:
 
 
 def stage_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return this pipeline stage's parameters, layers numbered as in the whole model."""
-    layers, found, decoder = "decoder.layers.", {}, cast(Any, model.decoder)
-    first = decoder.layers[0].layer_number - 1
-    for name, parameter in model.named_parameters():
-        if name.startswith(layers):
-            local, rest = name.removeprefix(layers).split(".", 1)
-            name = f"{layers}{int(local) + first}.{rest}"
-        found[name] = parameter
+    """Return this rank's parameters, layers numbered as in the whole model; `model`: a `Stage`."""
+    layers, found = "decoder.layers.", {}
+    for chunk in cast(Any, model):
+        first = chunk.decoder.layers[0].layer_number - 1
+        for name, parameter in chunk.named_parameters():
+            if name.startswith(layers):
+                local, rest = name.removeprefix(layers).split(".", 1)
+                name = f"{layers}{int(local) + first}.{rest}"
+            found[name] = parameter
     return found
 
 

@@ -1,6 +1,6 @@
 """Drive a model through Megatron's pipeline schedule, for training and for scoring alike."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -11,18 +11,21 @@ from megatron_opd.types import Microbatch
 
 
 def run_schedule(
-    model: Any,
+    chunks: Iterable[Any],
     microbatches: Sequence[Microbatch],
     last_stage: Callable[[int, Tensor], Any],
     *,
     forward_only: bool,
 ) -> list:
-    """Drive `model` over `microbatches` through Megatron's pipeline schedule.
+    """Drive the chunks of a model over `microbatches` through Megatron's pipeline schedule.
 
+    `chunks` are a `Stage`, or Megatron's DistributedDataParallel around each of its chunks.
     `last_stage(i, hidden)` receives the final hidden states of microbatch i on the last stage:
     it returns (loss sum, token count, log) when training and anything when `forward_only`.
     Returns what it returned (its log when training), one per microbatch; [] on earlier stages.
     """
+
+    models = list(chunks)
 
     def forward_step(indices, model):
         index = next(indices)
@@ -34,8 +37,8 @@ def run_schedule(
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(range(len(microbatches))),
-        model=[model],
+        data_iterator=[iter(range(len(microbatches))) for _ in models],
+        model=models,
         num_microbatches=len(microbatches),
         seq_length=1,  # not used: variable_seq_lengths exchanges shapes
         micro_batch_size=1,

@@ -105,12 +105,12 @@ class CausalAttention(MegatronModule):
         )
 
 
-def block_spec(config: TransformerConfig) -> Any:
-    """Return the decoder block's spec for this rank's pipeline stage."""
+def block_spec(config: TransformerConfig, chunk: int | None = None) -> Any:
+    """Return the decoder block's spec for this rank's pipeline stage, or a virtual chunk of it."""
     if config.transformer_impl == "transformer_engine":
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=chunk)
     local: TransformerBlockSubmodules = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=False, normalization=config.normalization
+        config, use_transformer_engine=False, normalization=config.normalization, vp_stage=chunk
     )
     layers = [_portable(layer) for layer in local.layer_specs or []]
     return dataclasses.replace(local, layer_specs=layers, layer_norm=RMSNorm)

@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_opd.model.config import HFConfig
-from megatron_opd.model.gpt import HiddenGPT
+from megatron_opd.model.gpt import Stage
 from megatron_opd.model.hf_files import fresh_folder, write_description
 from megatron_opd.parallel import Parallel
 
@@ -24,14 +24,18 @@ HF = "hf"  # subfolder with config.json, generation defaults and tokenizer
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def sharded_weights(model: HiddenGPT) -> dict[str, Any]:
-    """Return Megatron's sharded state of the parameters alone.
+def sharded_weights(model: Stage) -> dict[str, Any]:
+    """Return Megatron's sharded state of the parameters alone, under the names of `model`.
 
     Transformer Engine adds `_extra_state` objects (fp8 scales, none here): without them, what one
     layer spec saved the other one loads.
     """
-    state = model.sharded_state_dict()
-    return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+    return {
+        f"{index}.{key}": value
+        for index, chunk in enumerate(model.chunks)
+        for key, value in chunk.sharded_state_dict().items()
+        if not key.endswith("_extra_state")
+    }
 
 
 def fork_checkpoint_writer() -> None:
@@ -70,7 +74,7 @@ def write_companions(
 
 
 def save_megatron(
-    model: HiddenGPT, source: HFConfig, folder: str | Path, parallel: Parallel
+    model: Stage, source: HFConfig, folder: str | Path, parallel: Parallel
 ) -> None:
     """Write `folder` (torch_dist, plus `hf/`), complete or not at all; collective.
 
@@ -90,7 +94,7 @@ def save_megatron(
     parallel.owner(publish)
 
 
-def load_megatron(model: HiddenGPT, folder: str | Path, parallel: Parallel) -> None:
+def load_megatron(model: Stage, folder: str | Path, parallel: Parallel) -> None:
     """Load what `save_megatron` or a training run wrote, at any layout; collective.
 
     What else is stored there, such as the state of an optimiser, is left alone.

@@ -34,6 +34,10 @@ def transformer_config(
     dtype: torch.dtype,
     tp: int = 1,
     pp: int = 1,
+    vpp: int = 1,
+    cp: int = 1,
+    ep: int = 1,
+    etp: int | None = None,
     sequence_parallel: bool = False,
 ) -> TransformerConfig:
     """Return Megatron's configuration of `arch`; needs no process group.
@@ -52,12 +56,20 @@ def transformer_config(
         **_numbers(dtype),
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": pp,
+        "virtual_pipeline_model_parallel_size": vpp if vpp > 1 else None,
+        "context_parallel_size": cp,
+        "expert_model_parallel_size": ep,
+        "expert_tensor_parallel_size": etp or tp,
         "sequence_parallel": sequence_parallel,
         "transformer_impl": layers,  # what the layer spec and the packed forward go by
     }
     chosen = check_overrides(megatron, ours, transformer_engine=fused)
     # unfused, the rotary embedding reads sequence boundaries on the host, twice in every layer
-    default = {"apply_rope_fusion": fused}
+    default: dict[str, Any] = {"apply_rope_fusion": fused}
+    if vpp > 1 and pp == 2:
+        # both neighbours are one rank: batched, its sends are matched with the wrong receives, and
+        # gradients are silently wrong
+        default |= {"batch_p2p_comm": False}
     try:
         return TransformerConfig(**{**ours, **default, **chosen})
     except (ValueError, TypeError, AssertionError) as problem:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opd.model.config import Architecture, HFConfig, architecture
-from megatron_opd.model.gpt import HiddenGPT
+from megatron_opd.model.gpt import Stage
 from megatron_opd.model.hf_files import ShardWriter, TensorFiles, fresh_folder, write_description
 from megatron_opd.model.hf_map import Shape, Weight, manifest, stage_parameters, weights
 from megatron_opd.parallel import Parallel
@@ -24,7 +24,7 @@ _Read = Callable[[str, Shape, int | None, int, int], Tensor]
 
 
 def load_hf(
-    model: HiddenGPT, folder: str | Path, parallel: Parallel, *, vocab_size: int | None = None
+    model: Stage, folder: str | Path, parallel: Parallel, *, vocab_size: int | None = None
 ) -> int:
     """Load a Hugging Face checkpoint into `model` and return the bytes this rank read; collective.
 
@@ -91,7 +91,7 @@ def _sane(tensor: Tensor, name: str) -> Tensor:
     return tensor
 
 
-def init_random(model: HiddenGPT, *, seed: int) -> None:
+def init_random(model: Stage, *, seed: int) -> None:
     """Draw weights to train from scratch: N(0, initializer_range), norms 1, biases 0.
 
     Projections back into the residual stream get initializer_range / √(2 · layers), as Megatron
@@ -115,9 +115,9 @@ def init_random(model: HiddenGPT, *, seed: int) -> None:
 
 
 @torch.no_grad()
-def _fill(model: HiddenGPT, read: _Read, rows: dict[str, int]) -> None:
+def _fill(model: Stage, read: _Read, rows: dict[str, int]) -> None:
     """Assemble every parameter of this rank; `rows` overrides the row count of a table."""
-    parameters, tp = stage_parameters(model), model.pg_collection.tp
+    parameters, tp = stage_parameters(model), model.chunks[0].pg_collection.tp
     for weight in weights(model.architecture):
         for name in weight.megatron:
             if name in parameters:
@@ -143,7 +143,7 @@ def _shard(
     return weight.fuse(parts, tp)
 
 
-def exported(model: HiddenGPT, vocab_size: int | None) -> Architecture:
+def exported(model: Stage, vocab_size: int | None) -> Architecture:
     """Return the architecture whose manifest `export_hf` follows."""
     rows = vocab_size or model.architecture.vocab_rows
     return replace(model.architecture, vocab_rows=rows)
@@ -151,7 +151,7 @@ def exported(model: HiddenGPT, vocab_size: int | None) -> Architecture:
 
 @torch.no_grad()
 def export_hf(
-    model: HiddenGPT, parallel: Parallel, *, vocab_size: int | None = None
+    model: Stage, parallel: Parallel, *, vocab_size: int | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every Hugging Face tensor, whole, in manifest order, on every rank of the replica.
 
@@ -162,7 +162,7 @@ def export_hf(
     parameters, arch = stage_parameters(model), exported(model, vocab_size)
     assert model.vocab_size >= arch.vocab_rows, "a table that was cut on loading is not whole"
     for weight in weights(arch):
-        stage = weight.layer * parallel.pp // arch.layers
+        stage, _ = parallel.place(weight.layer, arch.layers)
         if stage == parallel.pp_rank:
             shard = next(parameters[name] for name in weight.megatron if name in parameters)
             whole = _gather(weight, shard.detach(), parallel)
@@ -189,7 +189,7 @@ def _gather(weight: Weight, shard: Tensor, parallel: Parallel) -> list[Tensor]:
 
 
 def save_hf(
-    model: HiddenGPT,
+    model: Stage,
     source: HFConfig,
     folder: str | Path,
     parallel: Parallel,
@@ -225,7 +225,7 @@ def save_hf(
     parallel.owner(publish)
 
 
-def _write(writer: ShardWriter, model: HiddenGPT, parallel: Parallel) -> OSError | None:
+def _write(writer: ShardWriter, model: Stage, parallel: Parallel) -> OSError | None:
     """Write the tensors on rank 0 and return what went wrong there.
 
     The other ranks of the replica wait in the export, so it is seen through even after an error.

@@ -30,7 +30,7 @@ from megatron_opd.loss import Objective, Total
 from megatron_opd.loss.engine import Pass
 from megatron_opd.loss.fused import HeadGradient
 from megatron_opd.loss.shard import Projector, VocabShard, blocks, wide
-from megatron_opd.model import HiddenGPT
+from megatron_opd.model import Stage
 from megatron_opd.told import Array
 from megatron_opd.types import Head, HiddenScores, Microbatch
 
@@ -67,17 +67,17 @@ class Outer(NamedTuple):
         return Outer(*(x_nD / np.linalg.norm(x_nD, axis=1, keepdims=True) for x_nD in self))
 
 
-def layers(model: HiddenGPT) -> dict[str, Any]:
+def layers(model: Stage) -> dict[str, Any]:
     """Return the linear layers that are looked at beside the head, by name, first to last."""
     return {
         f"block {number} {name}": block.get_submodule(path)
-        for number, block in enumerate(model.decoder.layers, 1)
+        for number, block in enumerate(model.chunks[0].decoder.layers, 1)
         for name, path in WRITERS.items()
     }
 
 
 def outer_products(
-    model: HiddenGPT,
+    model: Stage,
     batch: Microbatch,
     hidden: Callable[[], Tensor],
     loss: Callable[[Tensor], Tensor],
@@ -99,7 +99,7 @@ def outer_products(
 
 
 @contextmanager
-def _watched(model: HiddenGPT, seen: dict[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+def _watched(model: Stage, seen: dict[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
     """Keep input and output of every layer, [T, ·], while the model runs; weights are frozen."""
 
     def watch(name: str):
@@ -113,7 +113,7 @@ def _watched(model: HiddenGPT, seen: dict[str, tuple[Tensor, Tensor]]) -> Iterat
     def begin(_, __, embedded: Tensor) -> Tensor:
         return embedded.detach().requires_grad_()  # frozen weights alone would leave no graph
 
-    hooks = [model.embedding.register_forward_hook(begin)]
+    hooks = [model.chunks[0].embedding.register_forward_hook(begin)]
     hooks += [layer.register_forward_hook(watch(name)) for name, layer in layers(model).items()]
     try:
         yield

@@ -65,11 +65,11 @@ class MegatronEngine:
         """Lend the training model: eval mode, and no sequence parallelism for one-token inputs."""
         training, sharded = self.model.training, self.model.config.sequence_parallel
         self.model.eval()
-        set_model_to_sequence_parallel(self.model, False)
+        set_model_to_sequence_parallel(self.model[0], False)
         try:
             yield
         finally:
-            set_model_to_sequence_parallel(self.model, sharded)
+            set_model_to_sequence_parallel(self.model[0], sharded)
             self.model.train(training)
 
     def _decode(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
@@ -92,8 +92,8 @@ class MegatronEngine:
         """Feed tokens; return the next token's logits on the last stage's first rank."""
         position_BP = torch.arange(fed, fed + token_BP.size(1), device=token_BP.device)
         if not self.parallel.is_first_stage:
-            self.model.set_input_tensor(self._receive(token_BP))
-        hidden_PBH = self.model(
+            self.model[0].set_input_tensor(self._receive(token_BP))
+        hidden_PBH = self.model[0](
             token_BP,
             position_BP.expand_as(token_BP),
             None,

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_opd import platform
-from megatron_opd.model import HiddenGPT, export_hf
+from megatron_opd.model import Stage, export_hf
 from megatron_opd.model.hf_map import manifest
 from megatron_opd.model.weights import exported
 from megatron_opd.parallel import Parallel
@@ -54,7 +54,7 @@ class VllmEngine:
 
     def __init__(
         self,
-        model: HiddenGPT,
+        model: Stage,
         parallel: Parallel,
         *,
         folder: str,

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from megatron_opd.model import export_hf
-from megatron_opd.model.gpt import HiddenGPT
+from megatron_opd.model.gpt import Stage
 from megatron_opd.model.hf_map import manifest
 from megatron_opd.model.weights import exported
 from megatron_opd.parallel import Parallel
@@ -41,7 +41,7 @@ class ServerEngine:
 
     def __init__(
         self,
-        model: HiddenGPT,
+        model: Stage,
         parallel: Parallel,
         server: Server,
         *,

@@ -104,10 +104,10 @@ def _cached(rank, folder, layout):
     model.eval()
     with torch.no_grad():
         whole = enter_head(forward(model, packed([*batch_BL, torch.zeros(2).long()])), parallel)
-        set_model_to_sequence_parallel(model, False)
+        set_model_to_sequence_parallel(model[0], False)
         context, chunks = StaticInferenceContext(len(batch_BL), 7), []
         for start, end in [(0, 3), (3, 5), (5, 6), (6, 7)]:
-            chunk = model(
+            chunk = model[0](
                 batch_BL[:, start:end],
                 position_L[start:end].expand(len(batch_BL), -1),
                 None,
@@ -163,7 +163,7 @@ def _marks(rank, config):
             for name, p in model.named_parameters()
         },
         {p.dtype for p in model.parameters()},
-        model.rotary_pos_emb.inv_freq.dtype,
+        model[0].rotary_pos_emb.inv_freq.dtype,
         any(p.requires_grad for p in model.parameters()) or model.training,
     )
 
