@@ -6,8 +6,9 @@ Experts are spread otherwise: the tp · cp · dp ranks of a stage are `view(expe
 """
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -51,11 +52,34 @@ class Parallel:
     ep_group: Any  # each has some of the experts
     etp_group: Any
     replica_group: Any  # the tp × cp × pp ranks of one replica
+    copy_group: Any  # the tp × pp ranks of one copy of the model: cp copies make a replica
     sequence_parallel: bool = False
+    # what Megatron knows of this mesh: it keeps one, in the globals of a module
+    globals: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Let this mesh be the one that Megatron's functions ask for; afterwards that of before."""
+        before = _globals()
+        _set_globals(self.globals)
+        try:
+            yield
+        finally:
+            _set_globals(before)
 
     @property
     def world(self) -> int:
         return self.tp * self.cp * self.pp * self.dp
+
+    @property
+    def replica_size(self) -> int:
+        """Ranks of one replica."""
+        return self.tp * self.cp * self.pp
+
+    @property
+    def is_replica_first(self) -> bool:
+        """The first rank of its replica: speaks for it."""
+        return self.tp_rank == self.cp_rank == self.pp_rank == 0
 
     @property
     def is_main(self) -> bool:
@@ -74,6 +98,22 @@ class Parallel:
     def head_rank(self) -> int:
         """Global rank of this replica's last pipeline stage, first in its tp and cp groups."""
         return ((self.pp - 1) * self.dp + self.dp_rank) * self.cp * self.tp
+
+    @property
+    def copy_head_rank(self) -> int:
+        """Global rank of this model copy's last pipeline stage, first in its tp group."""
+        return self.head_rank + self.cp_rank * self.tp
+
+    @property
+    def shares_experts(self) -> bool:
+        """Whether copies of the model compute each other's experts: they must run in step."""
+        return self.ep * self.etp > self.tp
+
+    @property
+    def exports(self) -> bool:
+        """Whether the model is not written out without this rank: it is of the first replica, or
+        holds experts that the first one has not."""
+        return self.dp_rank == 0 or self.shares_experts
 
     def place(self, layer: int, layers: int) -> tuple[int, int]:
         """Return the pipeline stage, and the chunk of it, that hold one of so many layers."""
@@ -118,26 +158,33 @@ def place(layer: int, layers: int, pp: int, vpp: int = 1) -> tuple[int, int]:
 
 
 def check_layout(
-    world: int, tp: int, pp: int, *, cp: int = 1, ep: int = 1, etp: int | None = None
+    world: int,
+    tp: int,
+    pp: int,
+    *,
+    cp: int = 1,
+    ep: int = 1,
+    etp: int | None = None,
+    key: str = "parallel",
 ) -> int:
-    """Return the data-parallel size.
+    """Return the data-parallel size; `key` is the section of the config that has the axes.
 
     Raises:
         ValueError: tp × cp × pp does not divide the ranks, or ep × etp those of a stage.
     """
     if world % (tp * cp * pp):
-        wanted, axes = f"tp={tp} × pp={pp}", "parallel.tp / parallel.pp"
+        wanted, axes = f"tp={tp} × pp={pp}", f"{key}.tp / {key}.pp"
         if cp > 1:
-            wanted, axes = f"tp={tp} × cp={cp} × pp={pp}", f"{axes} / parallel.cp"
+            wanted, axes = f"tp={tp} × cp={cp} × pp={pp}", f"{axes} / {key}.cp"
         raise ValueError(
-            f"parallel: {wanted} needs a multiple of {tp * cp * pp} ranks, got {world}; "
+            f"{key}: {wanted} needs a multiple of {tp * cp * pp} ranks, got {world}; "
             f"change --nproc-per-node or {axes}"
         )
     etp = etp or tp
     if world // pp % (ep * etp):
         raise ValueError(
-            f"parallel: ep={ep} × etp={etp} needs a multiple of {ep * etp} ranks on each of "
-            f"{pp} pipeline stages, got {world // pp}; change parallel.ep or parallel.etp"
+            f"{key}: ep={ep} × etp={etp} needs a multiple of {ep * etp} ranks on each of "
+            f"{pp} pipeline stages, got {world // pp}; change {key}.ep or {key}.etp"
         )
     return world // (tp * cp * pp)
 
@@ -162,7 +209,7 @@ def initialize(
         ValueError: the axes do not divide the number of ranks.
     """
     world, device = int(os.environ.get("WORLD_SIZE", 1)), platform.device()
-    dp = check_layout(world, tp, pp, cp=cp, ep=ep, etp=etp)
+    check_layout(world, tp, pp, cp=cp, ep=ep, etp=etp)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -170,6 +217,64 @@ def initialize(
             os.environ.setdefault(name, str(value))
         os.environ.setdefault("MASTER_PORT", "0" if world == 1 else "29500")
         dist.init_process_group(platform.backend(), timeout=timedelta(minutes=timeout_minutes))
+    parallel = _mesh(world, tp, pp, cp, ep, etp, vpp, sequence_parallel, timeout_minutes)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return parallel
+
+
+def another(
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    ep: int = 1,
+    etp: int | None = None,
+    vpp: int = 1,
+    sequence_parallel: bool = False,
+    timeout_minutes: int = 30,
+) -> Parallel:
+    """Build one more mesh of all ranks, for a frozen model; collective.
+
+    Which mesh is current does not change, nor do random numbers: its models are built and run in
+    `with mesh.current()`.
+
+    Raises:
+        ValueError: the axes do not divide the number of ranks.
+    """
+    world, before = dist.get_world_size(), _globals()
+    check_layout(world, tp, pp, ep=ep, etp=etp)
+    # Megatron refuses to initialise what is there; its buffer is scratch memory, which all may use
+    _set_globals({name: {} if isinstance(old, dict) else None for name, old in before.items()})
+    try:
+        made = _mesh(world, tp, pp, 1, ep, etp, vpp, sequence_parallel, timeout_minutes)
+    finally:
+        _set_globals(before)
+    scratch = {"_GLOBAL_MEMORY_BUFFER": before["_GLOBAL_MEMORY_BUFFER"]}
+    return replace(made, globals={**made.globals, **scratch})
+
+
+def _globals() -> dict[str, Any]:
+    """Return what Megatron keeps of the current mesh."""
+    return {name: x for name, x in vars(mpu).items() if name.startswith("_") and name.isupper()}
+
+
+def _set_globals(values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(mpu, name, value)
+
+
+def _mesh(
+    world: int,
+    tp: int,
+    pp: int,
+    cp: int,
+    ep: int,
+    etp: int | None,
+    vpp: int,
+    sequence_parallel: bool,
+    timeout_minutes: int,
+) -> Parallel:
+    """Have Megatron make its groups, and say where this rank is in them."""
+    dp = world // (tp * pp * cp)
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
@@ -179,7 +284,6 @@ def initialize(
         expert_tensor_parallel_size=etp,
         distributed_timeout_minutes=timeout_minutes,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Parallel(
         tp=tp,
         pp=pp,
@@ -195,7 +299,7 @@ def initialize(
         cp_rank=mpu.get_context_parallel_rank(),
         ep_rank=mpu.get_expert_model_parallel_rank(),
         etp_rank=mpu.get_expert_tensor_parallel_rank(),
-        device=device,
+        device=platform.device(),
         tp_group=mpu.get_tensor_model_parallel_group(),
         pp_group=mpu.get_pipeline_model_parallel_group(),
         dp_group=mpu.get_data_parallel_group(),
@@ -203,7 +307,9 @@ def initialize(
         ep_group=mpu.get_expert_model_parallel_group(),
         etp_group=mpu.get_expert_tensor_parallel_group(),
         replica_group=_replica_group(tp, pp, cp, dp),
+        copy_group=mpu.get_model_parallel_group(),
         sequence_parallel=sequence_parallel and tp > 1,
+        globals=_globals(),
     )
 
 

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
+from megatron_opd.model import Stage
 from megatron_opd.parallel import Parallel
 from megatron_opd.rollout.requests import Request, answered, make_requests
 from megatron_opd.rollout.sampling import Sampling, draw, most_likely, uniform
@@ -28,12 +30,13 @@ from megatron_opd.types import Prompt, Rollout
 class MegatronEngine:
     """Generate with `model` itself over its tensor- and pipeline-parallel ranks.
 
-    Every rank of a replica calls `generate` with the same prompts and gets the same rollouts. A
+    Every rank of a replica calls `generate` with the same prompts and gets the same rollouts; where
+    the training forward shares sequences out (cp), its copies of the model share requests out. A
     request's randomness is its own (see `sampling`), so batching does not change its tokens beyond
     the rounding of the matrix products.
     """
 
-    def __init__(self, model: Any, parallel: Parallel, *, vocab_size: int, batch_size: int):
+    def __init__(self, model: Stage, parallel: Parallel, *, vocab_size: int, batch_size: int):
         self.model, self.parallel = model, parallel
         self.vocab_size, self.batch_size = vocab_size, batch_size
         # each look at "has everyone stopped?" waits for the GPU; on a CPU it is free
@@ -49,63 +52,98 @@ class MegatronEngine:
     def generate(
         self, prompts: list[Prompt], *, n: int, sampling: Sampling, seed: int
     ) -> list[Rollout]:
-        """Return `n` rollouts per prompt in prompt order; `seed` names the draw (run, step)."""
-        requests = make_requests(prompts, n, seed)
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt.token_ids))
-        done: dict[int, Rollout] = {}
+        """Return `n` rollouts per prompt in prompt order; `seed` names the draw (run, step).
+
+        Collective over all replicas where they compute each other's experts.
+        """
+        requests, cp = make_requests(prompts, n, seed), self.parallel.cp
         with self._inference_mode():
-            for start in range(0, len(order), self.batch_size):
-                batch = order[start : start + self.batch_size]
-                rollouts = self._decode([requests[i] for i in batch], sampling)
-                done.update(zip(batch, rollouts, strict=True))
-        return [done[i] for i in range(len(requests))]
+            mine = self._write(requests[self.parallel.cp_rank :: cp], sampling)
+        if cp == 1:
+            return mine
+        parts: list[Any] = [None] * cp
+        dist.all_gather_object(parts, mine, group=self.parallel.cp_group)
+        return [parts[i % cp][i // cp] for i in range(len(requests))]
 
     @contextmanager
     def _inference_mode(self) -> Iterator[None]:
-        """Lend the training model: eval mode, and no sequence parallelism for one-token inputs."""
+        """Lend the training model: eval mode, and whole sequences on every rank."""
         training, sharded = self.model.training, self.model.config.sequence_parallel
+        rotary = [m for m in self.model.modules() if isinstance(m, RotaryEmbedding)]
+        groups = [module.cp_group for module in rotary]
         self.model.eval()
-        set_model_to_sequence_parallel(self.model[0], False)
+        for module in rotary:
+            module.cp_group = None
+        for chunk in self.model:
+            set_model_to_sequence_parallel(chunk, False)
         try:
             yield
         finally:
-            set_model_to_sequence_parallel(self.model[0], sharded)
+            for chunk in self.model:
+                set_model_to_sequence_parallel(chunk, sharded)
+            for module, group in zip(rotary, groups, strict=True):
+                module.cp_group = group
             self.model.train(training)
 
-    def _decode(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
-        """Write all responses of one batch."""
-        batch = _Batch(requests, sampling, self.parallel.device)
-        context = StaticInferenceContext(len(requests), batch.length)
-        fed = 0
-        for position in range(batch.shortest, batch.length):
-            token_BP = batch.token_BL[:, fed:position]
-            logits_BV = self._next_logits(token_BP[batch.rows], fed, context)
-            fed = position
-            batch.write(position, *self._draw(logits_BV, batch, position))
-            if position % self.check_every == 0 and batch.retire(context):
-                break
-        return batch.rollouts()
+    def _write(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
+        """Write all responses of one copy of the model, batch by batch."""
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt.token_ids))
+        done: dict[int, Rollout] = {}
+        for start in range(0, self._most(len(order)), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            rollouts = self._decode([requests[i] for i in batch], sampling)
+            done.update(zip(batch, rollouts, strict=True))
+        return [done[i] for i in range(len(requests))]
 
-    def _next_logits(
-        self, token_BP: Tensor, fed: int, context: StaticInferenceContext
-    ) -> Tensor | None:
+    def _decode(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
+        """Write all responses of one batch; of none, stand by while others write theirs."""
+        batch = _Batch(requests, sampling, self.parallel.device) if requests else None
+        while self._most(batch is not None and not batch.done):
+            for _ in range(self.check_every):
+                if batch is not None and not batch.done:
+                    logits_BV = self._next_logits(batch.next_tokens(), batch.context)
+                    batch.write(*self._draw(logits_BV, batch))
+                elif self.parallel.shares_experts:
+                    self._stand_by()
+            if batch is not None:
+                batch.retire()
+        return batch.rollouts() if batch is not None else []
+
+    def _most(self, number: int) -> int:
+        """Return the largest number of all copies that must run in step; else this one's."""
+        if not self.parallel.shares_experts:
+            return number
+        found = torch.tensor(number, device=self.parallel.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def _stand_by(self) -> None:
+        """Run forward over nothing of interest: this rank's experts are wanted by others."""
+        nothing_BP = torch.zeros((1, 1), dtype=torch.long, device=self.parallel.device)
+        self._next_logits(nothing_BP, StaticInferenceContext(1, 1))
+
+    def _next_logits(self, token_BP: Tensor, context: StaticInferenceContext) -> Tensor | None:
         """Feed tokens; return the next token's logits on the last stage's first rank."""
-        position_BP = torch.arange(fed, fed + token_BP.size(1), device=token_BP.device)
-        if not self.parallel.is_first_stage:
-            self.model[0].set_input_tensor(self._receive(token_BP))
-        hidden_PBH = self.model[0](
-            token_BP,
-            position_BP.expand_as(token_BP),
-            None,
-            inference_context=context,
-            runtime_gather_output=True,
-        )
-        context.sequence_len_offset += token_BP.size(1)
+        fed, count = context.sequence_len_offset, token_BP.size(1)
+        position_BP = torch.arange(fed, fed + count, device=token_BP.device).expand_as(token_BP)
+        hidden_PBH = None
+        for chunk in self.model.chunks:
+            if not chunk.pre_process:
+                chunk.set_input_tensor(self._receive(token_BP))
+            hidden_PBH = chunk(
+                token_BP,
+                position_BP,
+                None,
+                inference_context=context,
+                runtime_gather_output=True,
+            )
+            if not chunk.post_process:
+                hidden_PBH = hidden_PBH.contiguous()
+                dist.send(hidden_PBH, self._stage(+1), group=self.parallel.pp_group)
+        context.sequence_len_offset += count
         context.enable_decode_mode()
-        if self.parallel.is_last_stage:
-            return self._gather(hidden_PBH[-1])
-        dist.send(hidden_PBH.contiguous(), self._stage(+1), group=self.parallel.pp_group)
-        return None
+        assert hidden_PBH is not None
+        return self._gather(hidden_PBH[-1]) if self.parallel.is_last_stage else None
 
     def _receive(self, token_BP: Tensor) -> Tensor:
         config = self.model.config
@@ -118,7 +156,9 @@ class MegatronEngine:
         return hidden_PBH
 
     def _stage(self, offset: int) -> int:
-        return dist.get_global_rank(self.parallel.pp_group, self.parallel.pp_rank + offset)
+        """Return a neighbour in the pipeline: the last stage's chunks go on at the first."""
+        stage = (self.parallel.pp_rank + offset) % self.parallel.pp
+        return dist.get_global_rank(self.parallel.pp_group, stage)
 
     def _gather(self, hidden_BH: Tensor) -> Tensor | None:
         """Multiply by the vocabulary shards and join them on the stage's first rank."""
@@ -127,17 +167,15 @@ class MegatronEngine:
         if self.parallel.tp > 1:
             first = self.parallel.tp_rank == 0
             shards = [torch.empty_like(logits_BV) for _ in range(self.parallel.tp)]
-            root, group = self.parallel.head_rank, self.parallel.tp_group
+            root, group = self.parallel.copy_head_rank, self.parallel.tp_group
             dist.gather(logits_BV, shards if first else None, root, group=group)
             if not first:
                 return None
             logits_BV = torch.cat(shards, dim=-1)
         return logits_BV[:, : self.vocab_size]
 
-    def _draw(
-        self, logits_BV: Tensor | None, batch: "_Batch", position: int
-    ) -> tuple[Tensor, Tensor]:
-        """Draw on one rank and tell the replica: ranks must never disagree on a token.
+    def _draw(self, logits_BV: Tensor | None, batch: "_Batch") -> tuple[Tensor, Tensor]:
+        """Draw on one rank and tell the others: they must never disagree on a token.
 
         Returns ids and log-probabilities, [B, 1 + K]: of the token drawn, of the most likely ones.
         They travel together: float64 holds them all.
@@ -145,12 +183,12 @@ class MegatronEngine:
         B, K = len(batch.rows), batch.sampling.top_ids
         told = torch.zeros((2, B, 1 + K), dtype=torch.float64, device=batch.device)
         if logits_BV is not None:
-            u_B = uniform(batch.seed_B[batch.rows], position)
+            u_B = uniform(batch.seed_B[batch.rows], batch.position)
             id_B, logp_BV = draw(logits_BV, u_B, batch.sampling)
             ids_BK = torch.cat([id_B[:, None], most_likely(logits_BV, K)], dim=-1)
             told[0], told[1] = ids_BK, logp_BV.gather(1, ids_BK)
         if self.parallel.tp * self.parallel.pp > 1:
-            dist.broadcast(told, self.parallel.head_rank, group=self.parallel.replica_group)
+            dist.broadcast(told, self.parallel.copy_head_rank, group=self.parallel.copy_group)
         return told[0].long(), told[1].float()
 
 
@@ -175,10 +213,17 @@ class _Batch:
         self.seed_B = torch.tensor([request.seed for request in requests], device=device)
         self.stop_S = torch.tensor(sampling.stop_ids, dtype=torch.long, device=device)
         self.rows = torch.arange(B, device=device)
+        self.context = StaticInferenceContext(B, L)
+        self.position = self.shortest  # of the next token
+        self.done = False
 
-    def write(self, position: int, ids_bK: Tensor, logp_bK: Tensor) -> None:
-        """Put the drawn tokens at `position` of the rows that are past their prompt and alive."""
-        rows, id_b = self.rows, ids_bK[:, 0]
+    def next_tokens(self) -> Tensor:
+        """Return what comes between the cache and the next token."""
+        return self.token_BL[self.rows, self.context.sequence_len_offset : self.position]
+
+    def write(self, ids_bK: Tensor, logp_bK: Tensor) -> None:
+        """Put the drawn tokens into the rows that are past their prompt and alive."""
+        rows, id_b, position = self.rows, ids_bK[:, 0], self.position
         writes_b = (position >= self.prompt_B[rows]) & (position < self.end_B[rows])
         kept_b = self.token_BL[rows, position]
         self.token_BL[rows, position] = torch.where(writes_b, id_b, kept_b)
@@ -188,20 +233,21 @@ class _Batch:
         stops_b = writes_b & torch.isin(id_b, self.stop_S)
         self.stopped_B[rows] |= stops_b
         self.end_B[rows] = torch.where(stops_b, position + 1, self.end_B[rows])
-        self.position = position
+        self.position += 1
+        self.done = self.position == self.length
 
-    def retire(self, context: StaticInferenceContext) -> bool:
-        """Say whether all are done; drop finished rows from the cache once they are half of it."""
-        alive_b = self.end_B[self.rows] > self.position + 1
+    def retire(self) -> None:
+        """Look whether all are done; drop finished rows from the cache once they are half of it."""
+        alive_b = self.end_B[self.rows] > self.position
         alive = int(alive_b.sum())
         if 0 < alive <= len(self.rows) // 2:
             keep = alive_b.nonzero()[:, 0]
             self.rows = self.rows[keep]
-            cache = context.key_value_memory_dict
+            cache = self.context.key_value_memory_dict
             for layer, (key, value) in cache.items():
                 cache[layer] = (key[:, keep].contiguous(), value[:, keep].contiguous())
-            context.max_batch_size = alive
-        return alive == 0
+            self.context.max_batch_size = alive
+        self.done = alive == 0
 
     def rollouts(self) -> list[Rollout]:
         """Cut each row to its response."""

@@ -336,6 +336,6 @@ def ask_once(parallel: "Parallel", ask: Callable[[], T]) -> T:
     found: list[Any] = []
     parallel.agree(lambda: found.append(ask()) if parallel.rank == first else None)
     box = found or [None]
-    if parallel.tp * parallel.pp > 1:
+    if parallel.replica_size > 1:
         dist.broadcast_object_list(box, src=first, group=parallel.replica_group)
     return box[0]

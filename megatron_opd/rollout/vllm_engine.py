@@ -69,8 +69,9 @@ class VllmEngine:
         self.model, self.parallel, self.vocab_size = model, parallel, vocab_size
         self.bucket_bytes, self.version, self.awake = bucket_bytes, 0, False
         self.cpu = parallel.device.type == "cpu"
-        self.engines = parallel.tp * parallel.pp // tp  # of this replica
-        self.engine = (parallel.pp_rank * parallel.tp + parallel.tp_rank) // tp  # this rank's
+        self.engines = parallel.replica_size // tp  # of this replica
+        column = parallel.pp_rank * parallel.cp + parallel.cp_rank
+        self.engine = (column * parallel.tp + parallel.tp_rank) // tp  # this rank's
         self.speaks = parallel.tp_rank % tp == 0  # one rank of an engine tells the others
         self.host = _Host(seed)
         fields = self.fields(folder, tp, batch_size, max_length) | options
@@ -154,10 +155,10 @@ class VllmEngine:
 
     def _join(self, said: list[_Answer], count: int) -> list[_Answer]:
         """Return all engines' answers in the order of the requests, the same on every rank."""
-        if self.parallel.tp * self.parallel.pp == 1:
+        if self.parallel.replica_size == 1:
             return said
         # ranks of an engine compute the same tokens; that they do is not left to rounding
-        told: list[Any] = [None] * (self.parallel.tp * self.parallel.pp)
+        told: list[Any] = [None] * self.parallel.replica_size
         mine = (self.engine, said) if self.speaks else None
         dist.all_gather_object(told, mine, group=self.parallel.replica_group)
         joined: list[Any] = [None] * count

@@ -61,7 +61,7 @@ class ServerEngine:
         shapes = manifest(exported(self.model, self.vocab_size))
         # collective: beyond this line no replica waits for responses
         self.parallel.main_only(lambda: self.server.check_weights(shapes))
-        problem = self._send() if self.parallel.dp_rank == 0 else None
+        problem = self._send() if self.parallel.exports else None
 
         def tell() -> None:
             if problem is not None:
@@ -70,7 +70,7 @@ class ServerEngine:
         self.parallel.main_only(tell)
 
     def _send(self) -> OSError | None:
-        """Export over the first replica, and return what went wrong on rank 0.
+        """Export over the ranks that it takes, and return what went wrong on rank 0.
 
         The other ranks wait in the export, so it is seen through even after an error.
         """
@@ -103,7 +103,7 @@ class ServerEngine:
                 "set top_p=1 and top_k=0, or another objective.support"
             )
         requests, answers = make_requests(prompts, n, seed), None
-        if self.parallel.tp_rank == self.parallel.pp_rank == 0:
+        if self.parallel.is_replica_first:
             answers = self.server.generate(
                 requests, sampling, vocab_size=self.vocab_size, version=self._name(self.version)
             )

@@ -21,8 +21,8 @@ def _model(parallel):
     return model
 
 
-def _engine(tp, pp, *, sequence_parallel=False, batch_size=4):
-    parallel = mesh.initialize(tp, pp, sequence_parallel=sequence_parallel)
+def _engine(tp, pp, *, batch_size=4, **axes):
+    parallel = mesh.initialize(tp, pp, **axes)
     model = _model(parallel)
     return MegatronEngine(model, parallel, vocab_size=VOCAB, batch_size=batch_size)
 
@@ -34,7 +34,8 @@ def _generate(rank, layout, sampling, kwargs):
 
 
 def generate(layout, sampling, **kwargs):
-    ranks = run_ranks(_generate, layout[0] * layout[1], layout, sampling, kwargs)
+    world = layout[0] * layout[1] * kwargs.get("cp", 1)
+    ranks = run_ranks(_generate, world, layout, sampling, kwargs)
     assert all(rollouts == ranks[0] for rollouts in ranks)  # every rank of the replica knows all
     return ranks[0]
 
@@ -75,6 +76,8 @@ def test_tokens_are_the_same_at_every_layout_and_batch_size():
         ((2, 1), dict(sequence_parallel=True)),
         ((1, 2), {}),
         ((2, 2), dict(sequence_parallel=True)),
+        ((1, 2), dict(vpp=2)),
+        ((2, 1), dict(cp=2, sequence_parallel=True)),
     ]:
         other = generate(layout, sampling, **kwargs)
         assert [r.response_ids for r in other] == [r.response_ids for r in one]
