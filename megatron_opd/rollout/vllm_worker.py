@@ -4,6 +4,7 @@ vLLM imports this module by name (`worker_extension_cls`), in the trainer's proc
 server's alike, and that registers the transfer engine. It wants vLLM and torch, not Megatron.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -28,6 +30,7 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.platforms import current_platform
 
 BACKEND = "megatron_opd"
+_OF_EXPERT = re.compile(r"(.*\.experts)\.\d+\.(\w+)\.weight")
 
 
 @dataclass
@@ -129,9 +132,17 @@ class Extension:
 
 def _fused(model: Any, name: str) -> str:
     """Return the parameter that a Hugging Face tensor becomes a part of."""
+    expert = _OF_EXPERT.fullmatch(name)
+    if expert:
+        routed = f"{expert[1]}.routed_experts"
+        down = expert[2] == model.get_submodule(routed).ckpt_down_proj_name
+        return f"{routed}.{'w2' if down else 'w13'}_weight"
     for fused, parts in getattr(model, "packed_modules_mapping", {}).items():
         for part in parts:
             name = name.replace(f".{part}.", f".{fused}.")
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    for part, (fused, _) in getattr(mapper, "orig_to_new_stacked", {}).items():
+        name = name.replace(f"{part}.", f"{fused}.")
     return name
 
 
@@ -142,7 +153,12 @@ def _whole_shapes(model: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
             continue  # the embedding's, under a second name
         for kind, parameter in module.named_parameters(recurse=False):
             shape = tuple(parameter.shape)
-            if isinstance(module, VocabParallelEmbedding):
+            if isinstance(module, RoutedExperts):  # one tensor for all, as rows
+                ranks = module.moe_config.moe_parallel_config.tp_size
+                wide, hidden = module.intermediate_size_per_partition * ranks, module.hidden_size
+                sizes = {"w13_weight": (2 * wide, hidden), "w2_weight": (hidden, wide)}[kind]
+                shape = module.global_num_experts * sizes[0], sizes[1]
+            elif isinstance(module, VocabParallelEmbedding):
                 shape = module.org_vocab_size, module.embedding_dim
             elif isinstance(module, QKVParallelLinear):
                 heads = module.total_num_heads + 2 * module.total_num_kv_heads
