@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-import re
 import sys
 import textwrap
 import time
@@ -12,8 +11,8 @@ import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from megatron_opd.config import Config, Schedule, sections
-from megatron_opd.config_file import load_config
+from megatron_opd.config import Config, Schedule, Section, sections
+from megatron_opd.config_file import load_config, split_words
 
 USAGE = "python -m megatron_opd CONFIG.yaml [more.yaml ...] [section.key=value ...] [options]"
 ABOUT = """\
@@ -33,8 +32,7 @@ def main(arguments: list[str]) -> int:
         parser.error("--ranks: expected a positive number, together with --dry-run")
     rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     _log_to_console(rank)
-    overrides = [word for word in options.words if re.match(r"[\w.]+=", word)]
-    files = [word for word in options.words if word not in overrides]
+    files, overrides = split_words(options.words)
     try:
         if not files:
             raise ValueError(f"no config file; usage: {USAGE}; --help lists every key")
@@ -112,7 +110,8 @@ def _reference() -> str:
     """Return every key with its type, default and help sentence, by section."""
     parts = []
     for name, kind in {**sections(), "schedules.KEY": Schedule}.items():
-        fields = {key: f for key, f in kind.model_fields.items() if key not in sections()}
+        inner = () if name else sections()
+        fields = {key: f for key, f in kind.model_fields.items() if key not in inner}
         lines = [f"{name}: {kind.__doc__}" if name else "keys of a config file"]
         for key, field in fields.items():
             path = f"{name}.{key}".lstrip(".")
@@ -136,6 +135,8 @@ def _kind(annotation: Any) -> str:
         return _kind(inner[0])
     if origin is tuple:
         return "list"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "section"
     return names[origin or annotation]
 
 

@@ -18,8 +18,8 @@ from megatron_opd import config as cfg
 from megatron_opd.loss import Objective, dynamics
 from megatron_opd.loss.shard import Projector, Ranks, chunk_tokens
 from megatron_opd.loss.view import View
-from megatron_opd.model import HiddenGPT, architecture, build_model, load_hf, padded_vocab
-from megatron_opd.packing import needed_microbatches, pack
+from megatron_opd.model import Stage, architecture, build_model, load_hf, padded_vocab
+from megatron_opd.packing import pack, packed_tokens
 from megatron_opd.parallel import Parallel
 from megatron_opd.rollout import RolloutEngine, Sampling
 from megatron_opd.rollout.megatron import MegatronEngine
@@ -45,7 +45,7 @@ class Bench:
     ):
         self.config, self.parallel, self.vocab_size, self.k = config, parallel, vocab_size, k
         self.teacher = teacher
-        self.models: dict[str, HiddenGPT] = {}
+        self.models: dict[str, Stage] = {}
         self.problems: dict[str, str] = {}  # of models that cannot be loaded, in a line
         for who, section in (("student", config.student), ("teacher", teacher)):
             try:
@@ -60,7 +60,7 @@ class Bench:
         }
         self.engine: RolloutEngine | None = None
 
-    def _load(self, section: cfg.Student | cfg.Teacher) -> HiddenGPT:
+    def _load(self, section: cfg.Student | cfg.Teacher) -> Stage:
         """Build one model with its weights; both have the student's rows of the vocabulary."""
         config, parallel = self.config, self.parallel
         path = section.path or config.student.path
@@ -124,13 +124,16 @@ class Bench:
 
     def batches(self, rollouts: Sequence[Rollout]) -> list[Microbatch]:
         """Pack this replica's responses in their order, as many at a time as fit."""
-        limit, packed, taken = self.config.train.microbatch_tokens, [], []
+        limit = self.config.train.microbatch_tokens
+        packed: list[list[Rollout]] = []
+        tokens = 0
         for rollout in rollouts:
-            if taken and needed_microbatches([*taken, rollout], limit) > 1:
-                packed.append(taken)
-                taken = []
-            taken.append(rollout)
-        packed += [taken] if taken else []
+            length = packed_tokens(rollout)
+            if not packed or tokens + length > limit:
+                packed.append([])
+                tokens = 0
+            packed[-1].append(rollout)
+            tokens += length
         return [
             batch.to(self.parallel.device)
             for together in packed

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from megatron_opd.config import Config, sections
+from megatron_opd.config import Config, Mesh, sections
 
 
 class _Loader(yaml.SafeLoader):
@@ -46,11 +46,26 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
         merged = _merge(merged, _read(Path(path)))
     for override in overrides:
         merged = _merge(merged, _parse_override(override))
+    return checked(merged)
+
+
+def checked(tree: dict[str, Any]) -> Config:
+    """Return the config that a tree of plain values is.
+
+    Raises:
+        ValueError: one line, as of `load_config`.
+    """
     try:
         # through JSON, where a list is what a tuple looks like even to a strict model
-        return Config.model_validate_json(json.dumps(merged, default=str))
+        return Config.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         raise ValueError(_explain(error)) from None
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the files and the `section.key=value` overrides among the words of a command."""
+    overrides = [word for word in words if re.match(r"[\w.]+=", word)]
+    return [word for word in words if word not in overrides], overrides
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -84,6 +99,9 @@ def _parse_override(text: str) -> dict[str, Any]:
     if not equals or not all(names):
         raise ValueError(f"'{text}': expected section.key=value")
     tree = _parse(value, key)
+    if names[0] == "schedules" and len(names) > 2:  # by keys that have dots themselves
+        field = [] if isinstance(tree, dict) else names[-1:]
+        names = ["schedules", ".".join(names[1 : len(names) - len(field)]), *field]
     for name in reversed(names):
         tree = {name: tree}
     return tree
@@ -137,6 +155,8 @@ def _suggestion(key: str) -> str:
     for many, kind in (("terms", "objective"), ("teachers", "teacher")):  # by names of the user's
         if re.fullmatch(rf"{many}\.[\w-]+", section):
             kinds[section] = kinds[kind]
+    if section.endswith(".parallel"):  # of a judge
+        kinds[section] = Mesh
     known = {
         f"{where}.{field}".lstrip("."): field
         for where, kind in kinds.items()

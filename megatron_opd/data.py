@@ -60,7 +60,7 @@ def load_sources(
     if not rows:  # of no files
         return []
     _check(data, rows_of, require, teachers)
-    asked = [(row, _reworded(data, words, row)) for row in rows]
+    asked = [(row, reworded(data, words, row)) for row in rows]
     texts, tokens = _encode(data, tokenizer, chat, asked)
     prompts = [
         _prompt(index, row, text, ids, row.teacher if teachers else "")
@@ -131,6 +131,21 @@ def encode_response(tokenizer: Any, text: str) -> tuple[int, ...]:
     return ids if ids[-1:] == (end,) else (*ids, end)
 
 
+def reworded(data: Any, words: str, row: Row) -> list[dict[str, Any]]:
+    """Return a row's messages, the last one by the user in `words`, the text of data.template.
+
+    Raises:
+        ValueError: there is no such message.
+    """
+    if data.template == "none":
+        return row.messages
+    if templates.asked(row.messages) is None:
+        raise ValueError(
+            f"{row.where}: no message by the user, but data.template={data.template} goes around it"
+        )
+    return templates.reword(row.messages, words)
+
+
 def _chat(data: Any, tokenizer: Any) -> str | None:
     """Return the Jinja text that renders conversations; None: the text of a prompt is taken as is.
 
@@ -165,17 +180,6 @@ def _check_variables(
                 f"{key}.chat_template_kwargs.{variable}: the chat template {of} has no such "
                 "variable"
             )
-
-
-def _reworded(data: Any, words: str, row: Row) -> list[dict[str, Any]]:
-    """Return a row's messages, the last one by the user in the words that the config wants."""
-    if data.template == "none":
-        return row.messages
-    if templates.asked(row.messages) is None:
-        raise ValueError(
-            f"{row.where}: no message by the user, but data.template={data.template} goes around it"
-        )
-    return templates.reword(row.messages, words)
 
 
 def _encode(

@@ -43,9 +43,23 @@ class Graded:
         return sum(score > SOLVED for score in self.scores)
 
 
+def text_of(response_ids: Sequence[int], tokenizer: Any) -> str:
+    """Return a response as text; special tokens, as the one at the end, are no part of it."""
+    return tokenizer.decode(response_ids, skip_special_tokens=True)
+
+
 def texts(rollouts: Sequence[Rollout], tokenizer: Any) -> list[str]:
-    """Return the responses as text; special tokens, as the one at the end, are no part of it."""
-    return [tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
+    """Return the responses as text."""
+    return [text_of(rollout.response_ids, tokenizer) for rollout in rollouts]
+
+
+def is_right(reward: Reward, text: str, prompt: Prompt) -> bool:
+    """Say whether a response is right: of more than half the reward.
+
+    Raises:
+        ValueError: the reward is not a finite number.
+    """
+    return scored(reward, text, prompt) > SOLVED
 
 
 def grade(rollouts: Sequence[Rollout], reward: Reward, tokenizer: Any) -> list[Graded]:
@@ -161,7 +175,7 @@ def evaluate(
     """
     mine = prompts[parallel.dp_rank :: parallel.dp]
     rollouts = engine.generate(mine, n=n, sampling=sampling, seed=seed)
-    speaks = parallel.tp_rank == parallel.pp_rank == 0  # the other ranks of a replica know no more
+    speaks = parallel.is_replica_first  # the others know no more
     told = parallel.agree(lambda: grade(rollouts, reward, tokenizer) if speaks else [])
     graded = sorted((g for replica in told for g in replica), key=lambda g: g.index)
     summary, sources = summarize(graded), by_source(graded)

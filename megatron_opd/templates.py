@@ -42,15 +42,6 @@ def bare(text: str) -> str:
     return text
 
 
-def wrap(template: str, question: str) -> str:
-    """Return the question in a template: a built-in name, or a text file with {question} in it.
-
-    Raises:
-        ValueError: neither; or the file has no {question}.
-    """
-    return read(template).replace(FIELD, question)
-
-
 def asked(messages: Sequence[Mapping[str, Any]]) -> int | None:
     """Return the position of the last message by the user: the question; None: there is none."""
     by_user = [i for i, message in enumerate(messages) if message["role"] == "user"]
@@ -67,12 +58,12 @@ def reword(messages: Sequence[dict[str, Any]], words: str) -> list[dict[str, Any
 
 
 def read(template: str, *, key: str = "template") -> str:
-    """Return the text of a template, with {question} where the question goes.
+    """Return the text of a template: a built-in name, or a text file with {question} in it.
 
     `key` is what the user calls it.
 
     Raises:
-        ValueError: see `wrap`.
+        ValueError: neither; or the file has no {question}.
     """
     if template in TEMPLATES:
         return TEMPLATES[template]

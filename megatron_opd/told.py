@@ -45,6 +45,10 @@ class Told:
         """Place of each token in its response, from 0."""
         return np.concatenate([np.arange(length) for length in self.length_R])
 
+    def split(self, value_T: Array) -> list[Array]:
+        """Return what is said of every token, response by response."""
+        return np.split(value_T, self.length_R.cumsum()[:-1])
+
     @property
     def reward_T(self) -> Array:
         """log q(y) − log p(y) of every token, in nats."""

@@ -1,8 +1,11 @@
-"""What the tools that write responses are asked for: which model, which prompts, how they draw."""
+"""What the tools that write responses share: their options, and how they begin and end."""
 
 import argparse
 import hashlib
-from collections.abc import Sequence
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import yaml
@@ -28,8 +31,13 @@ KEYS = {  # what a line about a config says → what the tools call it
 }
 
 
-def add_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Add what the tools share; `defaults` has those of the drawing, which differ."""
+def make_parser(about: str | None, examples: str, **defaults: Any) -> argparse.ArgumentParser:
+    """Return a parser of what the tools share; `defaults` has those of the drawing."""
+    parser = argparse.ArgumentParser(
+        description=about,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("model", metavar="MODEL", help="Hugging Face directory")
     parser.add_argument("files", nargs="+", metavar="FILE", help="prompts: .parquet or .jsonl")
     group = parser.add_argument_group("model and engine")
@@ -57,6 +65,7 @@ def add_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     ):
         flag, given = f"--{name.replace('_', '-')}", defaults[name]
         group.add_argument(flag, type=kind, default=given, help=f"{meaning} ({given})")
+    return parser
 
 
 def _add_pairs(group: Any, flag: str, text: str) -> None:
@@ -175,7 +184,22 @@ def round_size(options: argparse.Namespace) -> int:
     return max(1, 4 * options.batch_size // options.n)
 
 
-def in_their_words(error: Exception) -> str:
+def exit_code(work: Callable[[], None], report: Callable[[], str]) -> int:
+    """Work on every rank and print the report on the first; 0, or 2 after a one-line error."""
+    first = int(os.environ.get("RANK", 0)) == 0
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        work()
+        if first:
+            print(report())
+    except ValueError as error:
+        if first:
+            print(f"error: {_in_their_words(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _in_their_words(error: Exception) -> str:
     """Return a message about a config as the tools' users know its keys."""
     line = str(error)
     for key, ours in sorted(KEYS.items(), key=lambda pair: -len(pair[0])):

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_opd import parallel as mesh
 from megatron_opd.build import (
+    build_engines,
     build_objective,
+    build_student,
     connect,
     count_steps,
     judges,
@@ -16,6 +19,8 @@ from megatron_opd.build import (
     samplings,
 )
 from megatron_opd.config_file import load_config
+from megatron_opd.rollout.mixed import MixedEngine
+from tests.distributed import run_ranks
 from tests.home import make_home
 
 
@@ -67,6 +72,31 @@ def test_a_server_is_asked_as_its_section_says(load):
             in_flight = server._places._value
             found.append((server.url, server.timeout, server.retries, in_flight))
     assert found == [("http://x", 7, 1, 9), ("http://y", 8, 2, 9)]
+
+
+def _mixes(rank, configs):
+    """Say of each config's engines: the share of the dataset and its coin, and who evaluates."""
+    student = build_student(configs[0], mesh.initialize(), vocab_size=260, steps=1)
+    found = []
+    for config in configs:
+        engine, held_out = build_engines(config, student, load_tokenizer("student"))
+        assert not isinstance(held_out, MixedEngine)
+        mixed = isinstance(engine, MixedEngine)
+        assert (engine.engine if mixed else engine) is held_out
+        found.append((engine.fraction, engine.by) if mixed else None)
+    return found
+
+
+def test_the_engines_mix_as_the_config_says(load):
+    changing = "schedules.rollout.data_fraction={start: 0.0, end: 1.0, steps: 5}"
+    every = [
+        load("student.init=random"),
+        load("rollout.data_fraction=0.3"),
+        load("rollout.data_fraction=0.7", "rollout.data_choice=step"),
+        load(changing, "rollout.data_choice=step"),
+    ]
+    mixed = [None, (0.3, "prompt"), (0.7, "step"), (0.0, "step")]
+    assert run_ranks(_mixes, 1, every) == [mixed]
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,14 @@ def test_a_config_cannot_change(load):
         load().optimizer.lr = 1.0
 
 
+def test_a_schedule_can_be_a_word(load):
+    """Its key has dots of its own: in braces, or as a word a schedule or one field of it."""
+    whole = load("schedules={objective.veto: {start: 0.5, end: 0.0, steps: 5}}").schedules
+    words = ["schedules.objective.veto={start: 0.5, end: 0.1, steps: 5}"]
+    assert load(*words, "schedules.objective.veto.end=0.0").schedules == whole
+    assert list(whole) == ["objective.veto"]
+
+
 def test_a_section_can_be_taken_away(load):
     hard = ("teacher=null", "objective.divergence=cross_entropy", "objective.support=sampled")
     assert load(*hard).teacher is None

@@ -1,12 +1,11 @@
 """What a teacher reads: its words, its chat template's variables, and what a row must have."""
 
-import json
-
 import pytest
 
 from megatron_opd.config import Data
 from megatron_opd.context import CONTEXTS, Context, read_words
 from megatron_opd.data import load_sources
+from tests.prompts import write
 from tests.tokenizers import train_tokenizer
 
 QUESTION = "What is 2 + {2}?"
@@ -19,11 +18,10 @@ def tokenizer(tmp_path_factory):
 
 def read(folder, tokenizer, words, *, variables=None, longest=1000, warn=None, rows=None, **data):
     """The prompts of a file whose only teacher reads `words`."""
-    path = folder / "prompts.jsonl"
     known = {"prompt": QUESTION, "answer": 4, "response": "It is {answer}: 4."}
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows or [known]))
+    file = write(folder / "prompts.jsonl", rows or [known])
     context = Context("teacher", words, variables, longest)
-    section = Data(prompts=(str(path),), **data)
+    section = Data(prompts=(file,), **data)
     told = warn if warn is not None else []
     return load_sources(section, tokenizer, contexts={"": context}, warn=told.append)[0]
 

@@ -2,14 +2,13 @@ import json
 import logging
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tokenizers.processors import TemplateProcessing
 
 from megatron_opd.config import Data
 from megatron_opd.data import encode_response, load_prompts, load_sources
-from megatron_opd.templates import wrap
+from tests.prompts import wrap, write
 from tests.tokenizers import train_tokenizer
 
 DAPO = Path(__file__).parents[2] / "shared" / "data" / "dapo-math-17k-boxed.parquet"
@@ -18,14 +17,6 @@ DAPO = Path(__file__).parents[2] / "shared" / "data" / "dapo-math-17k-boxed.parq
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return train_tokenizer(tmp_path_factory.mktemp("tok"))
-
-
-def write(path, rows):
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def section(*files, **changes):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_opd.dedup import Twin, alike, embed, equal, question_of
-from megatron_opd.templates import wrap
+from tests.prompts import wrap
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

@@ -9,16 +9,9 @@ import pytest
 
 from megatron_opd.config import Data
 from megatron_opd.rows import Row, check_ids, read_rows, write_rows
+from tests.prompts import write
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-
-
-def write(path, rows):
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def read(file, teachers=None, **changes):

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_opd.templates import TEMPLATES, asked, bare, read, reword, wrap
+from megatron_opd.templates import TEMPLATES, asked, bare, read, reword
+from tests.prompts import wrap
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 # as published, letter by letter: the first rows' last words in the files of DAPO and DeepMath

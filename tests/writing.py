@@ -1,10 +1,10 @@
 """A model with random weights and a tokenizer, and tools run on ranks."""
 
-import json
 from pathlib import Path
 
 from tests.distributed import run_ranks
 from tests.hf import hf_model
+from tests.prompts import write
 from tests.tokenizers import train_tokenizer
 
 
@@ -23,7 +23,7 @@ def make_questions(path: Path, count: int = 7) -> Path:
         {"prompt": f"{i}{'+1' * i}=?", "answer": str(2 * i), "data_source": f"set{i % 2}"}
         for i in range(count)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(path, rows)
     return path
 
 

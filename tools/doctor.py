@@ -3,19 +3,18 @@
 import argparse
 import json
 import os
-import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from megatron_opd.config import Config
-from megatron_opd.config_file import load_config
+from megatron_opd.config_file import load_config, split_words
 
 DESCRIPTION = """\
 Examine the student, the teacher and the prompts of a run's config with a few dozen rollouts, and
 say what is broken, what will not work, and what to do about it: one row a check, and a verdict.
-Under torchrun, at the config's tp and pp. Exit code 0: nothing fails; 1: a row fails; 2: bad
-input."""
+Under torchrun, at the config's tp and pp; what is left over are replicas. Exit code 0: nothing
+fails; 1: a row fails; 2: bad input."""
 EXAMPLES = """\
 examples:
   %(prog)s config.yaml
@@ -57,9 +56,7 @@ def run(options: argparse.Namespace) -> list[dict[str, str]]:
     Raises:
         ValueError: one line.
     """
-    overrides = [word for word in options.words if re.match(r"[\w.]+=", word)]
-    files = [word for word in options.words if word not in overrides]
-    config = load_config(files, overrides)
+    config = load_config(*split_words(options.words))
     check(options, config)
     # takes seconds: what is wrong with the words is said at once
     from transformers.utils.logging import disable_progress_bar

@@ -7,8 +7,6 @@ summary.json, and progress.json: the same command goes on where it was stopped.
 
 import argparse
 import json
-import logging
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
@@ -32,8 +30,8 @@ from megatron_opd.tables import markdown
 from megatron_opd.types import Prompt, Reward, Rollout
 from megatron_opd.writer import Writer
 from megatron_opd.writer_options import (
-    add_options,
-    in_their_words,
+    exit_code,
+    make_parser,
     open_writer,
     read_prompts,
     round_size,
@@ -52,12 +50,7 @@ PAPER = {"n": 16, "max_tokens": 31744, "temperature": 0.7, "top_p": 0.95, "top_k
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_options(parser, **PAPER)
+    parser = make_parser(__doc__, EXAMPLES, **PAPER)
     group = parser.add_argument_group("judging and writing")
     names = ", ".join(REWARDS)
     group.add_argument("--reward", default="math", help=f"{names}, or module:function (math)")
@@ -180,20 +173,19 @@ def _recovery_line(name: str, found: Recovery) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code: 0, or 2 after a one-line error."""
     options = arguments(argv)
-    first = int(os.environ.get("RANK", 0)) == 0
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        _check(options)
-        reward = resolve("--reward", options.reward, REWARDS)
-        with open_writer(options) as writer:
-            measure(options, writer, reward)
-        if first:
-            print(report(options))
-    except ValueError as error:
-        if first:
-            print(f"error: {in_their_words(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(options), lambda: report(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Check the options, then work; collective.
+
+    Raises:
+        ValueError: one line.
+    """
+    _check(options)
+    reward = resolve("--reward", options.reward, REWARDS)
+    with open_writer(options) as writer:
+        measure(options, writer, reward)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -10,8 +10,6 @@ times=5) · repeated_windows (:length=100,stride=10,times=3) · repeated_blocks 
 longer_than=5000). Options go behind a colon: repeated_lines:times=4,length=10."""
 
 import argparse
-import logging
-import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,18 +22,19 @@ import yaml
 
 from megatron_opd import templates
 from megatron_opd.config import Data, resolve
+from megatron_opd.data import reworded
 from megatron_opd.evaluation import texts
 from megatron_opd.filters import Filter, build_filters, reasons
 from megatron_opd.journal import Journal, in_rounds, read_lines
 from megatron_opd.reward import REWARDS, scored
 from megatron_opd.rollout import request_seed
-from megatron_opd.rows import Row, read_rows
+from megatron_opd.rows import read_rows
 from megatron_opd.tables import markdown
 from megatron_opd.types import Prompt, Reward, Rollout
 from megatron_opd.writer import Writer
 from megatron_opd.writer_options import (
-    add_options,
-    in_their_words,
+    exit_code,
+    make_parser,
     open_writer,
     read_prompts,
     round_size,
@@ -55,12 +54,7 @@ ALWAYS = ("truncated", "empty", "repeated_lines", "repeated_windows", "repeated_
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_options(parser, **PAPER)
+    parser = make_parser(__doc__, EXAMPLES, **PAPER)
     group = parser.add_argument_group("keeping")
     names = ", ".join(REWARDS)
     group.add_argument("--reward", help=f"score responses: {names}, or module:function")
@@ -136,18 +130,8 @@ def beside(out: Path, ending: str) -> Path:
 
 def conversations(data: Data) -> list[list[dict[str, Any]]]:
     """Return the messages of all rows as they were asked, in the words of data.template."""
-    return [_reworded(data, row) for file in data.prompts for row in read_rows(data, file)]
-
-
-def _reworded(data: Data, row: Row) -> list[dict[str, Any]]:
-    asked = templates.asked(row.messages)
-    if data.template == "none" or asked is None:
-        return row.messages
-    messages = list(row.messages)
-    question = templates.bare(messages[asked]["content"])
-    content = templates.wrap(data.template, question)
-    messages[asked] = {**messages[asked], "content": content}
-    return messages
+    words = templates.read(data.template, key="data.template")
+    return [reworded(data, words, row) for file in data.prompts for row in read_rows(data, file)]
 
 
 def _row(rollout: Rollout, text: str, messages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -226,21 +210,20 @@ def _check(options: argparse.Namespace, filters: Mapping[str, Filter]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code: 0, or 2 after a one-line error."""
     options = arguments(argv)
-    first = int(os.environ.get("RANK", 0)) == 0
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        filters = parse_filters(options.reject)
-        _check(options, filters)
-        reward = resolve("--reward", options.reward, REWARDS) if options.reward else None
-        with open_writer(options) as writer:
-            collect(options, writer, reward, filters)
-        if first:
-            print(report(options))
-    except ValueError as error:
-        if first:
-            print(f"error: {in_their_words(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(options), lambda: report(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Check the options, then work; collective.
+
+    Raises:
+        ValueError: one line.
+    """
+    filters = parse_filters(options.reject)
+    _check(options, filters)
+    reward = resolve("--reward", options.reward, REWARDS) if options.reward else None
+    with open_writer(options) as writer:
+        collect(options, writer, reward, filters)
 
 
 if __name__ == "__main__":

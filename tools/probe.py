@@ -8,7 +8,6 @@ without gradients for weights.
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_opd import parallel as mesh
 from megatron_opd.config import Config
-from megatron_opd.config_file import load_config
+from megatron_opd.config_file import load_config, split_words
 from megatron_opd.probes import coherence, continuation, length, pictures, reward_auroc
 from megatron_opd.probes.pair import Pair
 
@@ -144,8 +143,7 @@ def _plain(value: Any) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code: 0, or 2 after a one-line error."""
     options = arguments(sys.argv[1:] if argv is None else argv)
-    overrides = [word for word in options.words if re.match(r"[\w.]+=", word)]
-    files = [word for word in options.words if word not in overrides]
+    files, overrides = split_words(options.words)
     try:
         if not files:
             raise ValueError("no config file; a run's own is expected: CONFIG.yaml")

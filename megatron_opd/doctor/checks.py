@@ -119,7 +119,7 @@ def loads(m: Material, who: Who) -> Row:
 def logits(m: Material, who: Who) -> Row:
     """Compare with `transformers` in fp32, on the host of rank 0."""
     section = m.config.student if who == "student" else m.teacher
-    path = m.config.student.path if section.path is None else section.path
+    path = m.config.student.path if who == "student" else m.teacher_path
     if path == m.config.student.path and m.config.student.init == "random":
         return not_run(f"{who} logits", "student.init=random: its weights are in no file")
     told = next(iter(m.texts.values()), None)

@@ -10,6 +10,7 @@ import numpy as np
 from megatron_opd import signs
 from megatron_opd.doctor.prospects import Bucket, Variant
 from megatron_opd.doctor.soundness import Sanity
+from megatron_opd.probes.reward_auroc import mean_reward
 from megatron_opd.probes.statistics import Estimate, auroc, mean
 from megatron_opd.told import Told
 
@@ -21,11 +22,7 @@ def per_token(told: Told, name: str) -> Estimate:
 
 def per_response(told: Told, name: str) -> np.ndarray:
     """Return the mean of a metric over the tokens of each response, [R]."""
-    return np.array([values.mean() for values in _split(told, told.metric_T[name])])
-
-
-def _split(told: Told, value_T: np.ndarray) -> list[np.ndarray]:
-    return np.split(value_T, told.length_R.cumsum()[:-1])
+    return np.array([values.mean() for values in told.split(told.metric_T[name])])
 
 
 def _known(found: Estimate | None) -> Estimate:
@@ -77,8 +74,7 @@ def variant(keys: str, told: Told, configured: Told, overlap: str) -> Variant:
 
 def reward_auroc(told: Told) -> Estimate | None:
     """Return how well the mean of log q − log p over a response tells right from wrong."""
-    score_R = np.array([values.mean() for values in _split(told, told.reward_T)])
-    return auroc(score_R, told.right_R, told.prompt_R).overall
+    return auroc(mean_reward(told), told.right_R, told.prompt_R).overall
 
 
 def accuracies(student: Told, teacher: Told) -> tuple[Estimate, Estimate, Estimate]:

@@ -11,7 +11,7 @@ from megatron_opd import config as cfg
 from megatron_opd.bench import Bench, Who
 from megatron_opd.data import encode_response
 from megatron_opd.doctor import evidence, variants
-from megatron_opd.loss import Total
+from megatron_opd.evaluation import is_right, text_of
 from megatron_opd.parallel import Parallel
 from megatron_opd.preflight import Plan, load_tokenizer, preflight
 from megatron_opd.probes.statistics import Estimate
@@ -38,8 +38,8 @@ class Material:
         self.config, self.parallel, self.count, self.words = config, parallel, prompts, words
         self.name, self.teacher = teacher, config.judging[teacher]
         self.teacher_path = config.folder(self.teacher)
-        self.objective = whole = build.build_objective(config)
-        self.lead = whole.lead if isinstance(whole, Total) else whole  # which asks the teacher
+        self.objective = build.build_objective(config)
+        self.lead = self.objective.lead  # which asks the teacher
         self.reward = build.build_reward(config)
 
     @cached_property
@@ -125,14 +125,19 @@ class Material:
         return self.written("teacher", self.prompts)
 
     def written(self, who: Who, prompts: Sequence[Prompt]) -> Told:
-        """Let a model answer as the run draws responses, and ask both about the answers."""
+        """Let a model answer as the run draws responses, and ask both about the answers.
+
+        Raises:
+            ValueError: a reward that is no finite number; on every rank.
+        """
         o, stops = self.lead, self.plan.stop_ids
         sampling, _ = build.samplings(self.config, self.objective, stops)
         sampling = replace(sampling, temperature=sampling.temperature or 1.0)
         rollouts = self.bench.write(who, prompts, sampling, request_seed(self.config.seed, 0))
+        right = self.parallel.agree(lambda: [self._is_right(one) for one in rollouts])
         return self.bench.look(
             rollouts,
-            [self._is_right(one) for one in rollouts],
+            right[self.parallel.rank],
             temperatures=(o.student_temperature, o.teacher_temperature),
             drawn_at=sampling.temperature if who == "student" else None,
         )
@@ -140,11 +145,11 @@ class Material:
     def _is_right(self, rollout: Rollout) -> bool:
         if rollout.prompt.answer is None:
             return False
-        return self.reward(self.text(rollout), rollout.prompt) > 0.5
+        return is_right(self.reward, self.text(rollout), rollout.prompt)
 
     def text(self, rollout: Rollout) -> str:
         """Return a response as the verifier reads it."""
-        return self.plan.tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
+        return text_of(rollout.response_ids, self.plan.tokenizer)
 
     @property
     def ungraded(self) -> str:

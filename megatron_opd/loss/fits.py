@@ -6,19 +6,19 @@ Each rule is (is it so, what to tell the user), the line in terms of the config'
 import re
 from typing import TYPE_CHECKING
 
-from megatron_opd.loss.rules import WITHOUT_TEACHER, Rules
+from megatron_opd.loss.names import WITHOUT_TEACHER, Rules
 from megatron_opd.loss.shard import Ranks
 from megatron_opd.types import Head, HiddenScores, Microbatch, Scores, TopKScores
 
 if TYPE_CHECKING:
     from megatron_opd.loss.objective import Objective
+    from megatron_opd.loss.total import Total
 
 
-def disagreements(terms: tuple["Objective", ...]) -> Rules:
-    """Yield what the terms of a sum cannot all have; the first is the objective section."""
-    first = terms[0]
+def disagreements(total: "Total") -> Rules:
+    """Yield what the terms of a sum cannot all have."""
+    terms, first, lead = total.terms, total.terms[0], total.lead
     ids = [term for term in terms if "rollout_ids_CK" in term.wants]
-    lead = next((term for term in terms if term.needs_teacher), first)
     grouped = [term for term in terms if term.group_normalize != "none"]
     for term in terms[1:]:
         yield (

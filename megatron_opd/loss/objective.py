@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from megatron_opd.loss import divergences, fits, rules, supports
+from megatron_opd.loss import divergences, fits, names, rules, supports
 from megatron_opd.loss.candidates import Clip, PolicyGradient
 from megatron_opd.loss.engine import Loss, Pass
 from megatron_opd.loss.weights import CORRECTIONS, FROM_THE_TEACHER, WEIGHTS, Weight, bind
@@ -115,6 +115,11 @@ class Objective:
         return (self,)
 
     @property
+    def lead(self) -> "Objective":
+        """Return the term whose k and temperatures count: itself."""
+        return self
+
+    @property
     def suffix(self) -> str:
         """Return what tells the metrics of a term from the objective's."""
         return "" if self.name == "objective" else f".{self.name}"
@@ -123,7 +128,7 @@ class Objective:
     def needs_teacher(self) -> bool:
         """Whether divergence or weights ask a teacher."""
         asks = any(name in FROM_THE_TEACHER for w in self.token_weights for name in w.wants)
-        return asks or self.divergence not in rules.WITHOUT_TEACHER
+        return asks or self.divergence not in names.WITHOUT_TEACHER
 
     @property
     def needs_reward(self) -> bool:
@@ -182,7 +187,7 @@ class Objective:
         """Return f(s, t) with ∂f/∂s, which a cost does not need."""
         if callable(self.divergence):
             return divergences.of_user(self.divergence, sloped=self.form == "direct")
-        if self.divergence in rules.WITHOUT_TEACHER:
+        if self.divergence in names.WITHOUT_TEACHER:
             alone = {"cross_entropy": divergences.cross_entropy, "outcome": divergences.nothing}
             return alone[self.divergence]
         if self.support == "sampled":

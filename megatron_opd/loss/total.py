@@ -30,7 +30,7 @@ class Total:
     terms: tuple[Objective, ...]  # the first is the objective section
 
     def __post_init__(self):
-        for wrong, line in fits.disagreements(self.terms):
+        for wrong, line in fits.disagreements(self):
             if wrong:
                 raise ValueError(line)
 

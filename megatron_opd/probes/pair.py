@@ -3,6 +3,7 @@
 Shape suffixes: N tokens of a microbatch · T packed ones · H hidden size.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -11,15 +12,11 @@ from torch import Tensor
 from megatron_opd import build
 from megatron_opd import config as cfg
 from megatron_opd.bench import Bench, Who
-from megatron_opd.model import (
-    enter_head,
-    forward,
-)
+from megatron_opd.evaluation import is_right, text_of
+from megatron_opd.model import enter_head, forward
 from megatron_opd.parallel import Parallel
 from megatron_opd.preflight import preflight
-from megatron_opd.reward import scored
 from megatron_opd.rollout import request_seed
-from megatron_opd.stream import PromptStream
 from megatron_opd.told import Told
 from megatron_opd.types import HiddenScores, Microbatch, Prompt, Rollout
 
@@ -43,7 +40,7 @@ class Pair:
         self.prompts = _first_step(config, plan.sources)
         self.reward, self.objective = build.build_reward(config), build.build_objective(config)
         # of several terms, the one that asks the teacher says what is compared, and how
-        self.lead = next(term for term in self.objective.terms if term.needs_teacher)
+        self.lead = self.objective.lead
         self.sampling, _ = build.samplings(config, self.objective, plan.stop_ids)
         assert config.teacher is not None
         how = {"vocab_size": self.vocab_size, "k": self.lead.k}
@@ -63,9 +60,8 @@ class Pair:
         return self.bench.write(who, prompts, sampling, request_seed(self.config.seed, draw), n=n)
 
     def is_right(self, prompt: Prompt, response_ids: Sequence[int]) -> bool:
-        """Ask the verifier: eval.reward above ½."""
-        text = self.tokenizer.decode(response_ids, skip_special_tokens=True)
-        return scored(self.reward, text, prompt) > 0.5
+        """Ask the verifier, eval.reward."""
+        return is_right(self.reward, text_of(response_ids, self.tokenizer), prompt)
 
     def hidden(self, batch: Microbatch) -> Tensor:
         """Return the student's hidden states at the supervised tokens, [N, H], with their graph."""
@@ -86,11 +82,7 @@ class Pair:
 
 def _first_step(config: cfg.Config, sources: Sequence[Sequence[Prompt]]) -> list[Prompt]:
     """Return the prompts of the first step, after checking that they can be verified."""
-    data = config.data
-    stream = PromptStream(
-        sources, config.seed, shuffle=data.shuffle, weights=data.weights, schedule=data.schedule
-    )
-    taken = stream.take(config.train.prompts_per_step)
+    taken = build.build_stream(config, sources).take(config.train.prompts_per_step)
     for prompt in taken:
         if prompt.answer is None:
             raise ValueError(
@@ -102,11 +94,15 @@ def _first_step(config: cfg.Config, sources: Sequence[Sequence[Prompt]]) -> list
 
 def _misfits(config: cfg.Config, world: int) -> Iterator[tuple[bool, str]]:
     """Yield (is it so, what to tell the user) for configs that a probe cannot look at."""
-    layout, teacher = config.parallel, config.teacher
+    teacher, whole = config.teacher, cfg.Parallel().model_dump(exclude={"timeout_minutes"})
+    axes = config.parallel.model_dump(include=set(whole))
+    split = {key: size for key, size in axes.items() if size != whole[key]}
+    remedy = " ".join(f"parallel.{key}={json.dumps(whole[key])}" for key in split)
     yield (
-        world * layout.tp * layout.pp > 1,
-        f"parallel: got tp={layout.tp}, pp={layout.pp} on {world} ranks, expected one rank: a "
-        "probe compares whole gradients and distributions; add parallel.tp=1 parallel.pp=1",
+        world > 1 or bool(split),
+        f"parallel: got {', '.join(f'{key}={size}' for key, size in split.items()) or 'replicas'} "
+        f"on {world} ranks, expected one rank: a probe compares whole gradients and distributions; "
+        + (f"add {remedy}" if split else "start it without torchrun"),
     )
     yield (
         teacher is None or teacher.kind != "megatron",

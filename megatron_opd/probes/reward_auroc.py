@@ -63,7 +63,7 @@ def figures(told: Told) -> dict[str, Any]:
 
 def mean_reward(told: Told, fraction: float = 1.0) -> Array:
     """Return r̄ of the first ⌈fraction · T⌉ tokens of every response, in nats, [R]."""
-    rewards = np.split(told.reward_T, told.length_R.cumsum()[:-1])
+    rewards = told.split(told.reward_T)
     return np.array([own[: math.ceil(fraction * len(own))].mean() for own in rewards])
 
 

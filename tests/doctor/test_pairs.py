@@ -59,6 +59,18 @@ def test_a_good_pair_is_exit_code_0(pairs, monkeypatch):
     assert run_ranks(_program, 1, ["config.yaml", "--prompts", "16"]) == [0]
 
 
+def at_times_no_number(response: str, prompt) -> float:
+    """Fail on a prompt that the second of two replicas has."""
+    return float("nan") if prompt.index == 50 else 0.0
+
+
+def test_a_reward_that_is_no_number_ends_every_rank(pairs, monkeypatch, capfd):
+    monkeypatch.chdir(pairs)
+    words = ["config.yaml", f"eval.reward={__name__}:at_times_no_number", "--prompts", "4"]
+    assert run_ranks(_program, 2, words) == [2, 2]
+    assert capfd.readouterr().err.count("error: reward: got nan for a response to prompt 50") == 2
+
+
 def test_another_tokenizer_of_equal_size_fails_at_once(ask):
     rows = ask("teacher.path=other_tokenizer")
     assert failed(rows) == ["tokenizers", "verdict"]

@@ -9,7 +9,7 @@ import yaml
 from megatron_opd import schedule
 from megatron_opd.build import build_objective
 from megatron_opd.config import Config
-from megatron_opd.loss.rules import DIVERGENCES, SUPPORTS
+from megatron_opd.loss.names import DIVERGENCES, SUPPORTS
 from megatron_opd.loss.weights import CORRECTIONS, WEIGHTS
 
 README = (Path(__file__).parents[2] / "README.md").read_text()

@@ -6,7 +6,6 @@ import json
 import os
 
 import pytest
-import torch
 
 from megatron_opd import parallel as mesh
 from megatron_opd.config_file import load_config
@@ -49,13 +48,16 @@ def test_the_table_and_the_json_say_the_same(tmp_path, monkeypatch):
     assert "\033" not in out  # no terminal, no colors
 
 
+def _remedy(rank: int) -> str:
+    config = load_config(["config.yaml"], [])
+    return Material(config, mesh.initialize(), prompts=4, words="config.yaml").remedy
+
+
 def test_the_cold_start_that_is_advised_is_a_config(tmp_path, monkeypatch):
     """The overrides of the command make a config of supervised training out of the user's."""
     monkeypatch.chdir(make_home(tmp_path))
-    config = load_config(["config.yaml"], [])
-    parallel = mesh.Parallel(1, 1, 1, 0, 0, 0, 0, torch.device("cpu"), None, None, None, None)
-    asked = Material(config, parallel, prompts=4, words="config.yaml")
-    generate, train = asked.remedy.split("; ")
+    (remedy,) = run_ranks(_remedy, 1)
+    generate, train = remedy.split("; ")
     assert generate == (
         "python tools/generate.py teacher prompts.jsonl --max-prompt-tokens 64 --max-tokens 36 "
         "--dtype float32 --reject truncated --out cold_start.jsonl"

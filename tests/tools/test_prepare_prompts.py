@@ -8,7 +8,8 @@ import pytest
 
 from megatron_opd.config import Data
 from megatron_opd.data import load_prompts
-from megatron_opd.templates import bare, wrap
+from megatron_opd.templates import bare
+from tests.prompts import wrap
 from tests.test_dedup import minilm
 from tests.tokenizers import train_tokenizer
 from tools.prepare_prompts import main

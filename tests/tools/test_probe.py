@@ -78,7 +78,8 @@ def test_what_the_user_got_wrong_is_one_line(home, tmp_path):
         (("continuation", "--lengths", "-1", *new), "--lengths: got -1, expected 0 or more"),
         (("length", "--lengths", "0", *new), "--lengths: got 0, expected 1 or more"),
         (("coherence", "--tokens", "1", *new), "--tokens: got 1, expected 2 or more"),
-        (("length", "parallel.tp=2", *new), "parallel: got tp=2, pp=1 on 1 ranks, expected one"),
+        (("length", "parallel.tp=2", *new), "parallel: got tp=2 on 1 ranks, expected one"),
+        (("length", "parallel.cp=2", *new), "parallel: got cp=2 on 1 ranks, expected one"),
         (
             ("length", "rollout.engine=vllm", *new),
             "rollout.engine: got 'vllm', expected megatron",
