@@ -14,11 +14,13 @@ import sys
 import time
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _mode: "_CudaLiterals | None" = None
@@ -92,8 +94,12 @@ def quiet_imports() -> None:
         r"Please use DTensor instead and we are deprecating ShardedTensor",
         # said of selective recomputation, which is asked for by name here
         r"If you are using transformer_engine as the transformer implementation",
+        # buffers that are emptied and made again in _ParamAndGradBuffer
+        r"TypedStorage is deprecated",
         # fp32 shards in DistributedOptimizer
         r"The \.grad attribute of a Tensor that is not a leaf",
+        # experts that are not cut, between layers that are
+        r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
         r"When using (sequence parallelism|async grad allreduce) it is recommended to set .* CUDA_",
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -109,6 +115,40 @@ def _substitute_cuda() -> None:
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.Stream = cuda.Event = _Stream
     cuda.current_stream = lambda device=None: stream  # token_dispatcher.py:871
+
+
+def _gather(own: Tensor, group: Any, sizes: list[int]) -> Tensor:
+    """Return all ranks' rows, one rank's after another's; each has as many as `sizes` says."""
+    count = len(sizes)
+    gathered = own.new_empty(sum(sizes), *own.shape[1:])
+    mine = torch.cat([own] * count)
+    dist.all_to_all_single(gathered, mine, sizes, [len(own)] * count, group=group)
+    return gathered
+
+
+def _reduce_scatter(parts: Tensor, group: Any, sizes: list[int]) -> Tensor:
+    """Return the sum of what all ranks have for this one, `sizes[r]` rows for rank r."""
+    own, count = sizes[group.rank()], len(sizes)
+    received = parts.new_empty(count * own, *parts.shape[1:])
+    dist.all_to_all_single(received, parts.contiguous(), [own] * count, sizes, group=group)
+    return received.unflatten(0, (count, own)).sum(0)
+
+
+def _substitute_uneven(name: str, ours: Callable[[Tensor, Any, list[int]], Tensor]) -> None:
+    """Replace a collective of tensor parallelism where ranks have other numbers of rows.
+
+    Experts that are cut over ranks want it, and gloo's own is for equal ones: mappings.py:150,193.
+    """
+    from megatron.core.tensor_parallel import mappings
+
+    theirs = getattr(mappings, name)
+
+    def either(tensor, group, sizes=None, use_global_buffer=False):
+        if sizes is None:
+            return theirs(tensor, group, None, use_global_buffer)
+        return ours(tensor, group, sizes)
+
+    setattr(mappings, name, either)
 
 
 def _substitute_megatron() -> None:
@@ -128,6 +168,8 @@ def _substitute_megatron() -> None:
     )
     if not hasattr(moe_utils, "te_general_gemm"):  # NameError without TE: moe_utils.py:1192
         moe_utils.te_general_gemm = None
+    _substitute_uneven("_gather_along_first_dim", _gather)
+    _substitute_uneven("_reduce_scatter_along_first_dim", _reduce_scatter)
 
 
 @contextmanager

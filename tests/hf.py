@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file
 
 _SHAPE = {
     "vocab_size": 203,  # pads to 256 rows at tp 1 and 2
@@ -25,6 +26,32 @@ _LLAMA3 = {
     "original_max_position_embeddings": 200,
 }  # keeps one frequency, interpolates one and slows two
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "decoder_sparse_step": 2,
+}
+_DEEPSEEK = {
+    "rms_norm_eps": 1e-6,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 10,
+    "moe_intermediate_size": 24,
+    "num_key_value_heads": None,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
+}
+_GROUPS = {"n_shared_experts": 1, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.7}
 FAMILIES = {
     "llama": ("Llama", {"rope_parameters": _LLAMA3}),
     "llama_linear": ("Llama", {"rope_parameters": _LINEAR}),
@@ -32,6 +59,14 @@ FAMILIES = {
     "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 12}),
     "qwen3_tied": ("Qwen3", {"head_dim": 12, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"head_dim": 12, "sliding_window": None}),
+    "gemma": ("Gemma", {"head_dim": 12}),
+    "qwen3_yarn": ("Qwen3", {"head_dim": 16, "rope_parameters": _YARN}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen3_moe": ("Qwen3Moe", {"head_dim": 12, "norm_topk_prob": True, **_EXPERTS}),
+    "qwen2_moe": ("Qwen2Moe", {"shared_expert_intermediate_size": 20, **_EXPERTS}),
+    "deepseek_v2": ("DeepseekV2", {"q_lora_rank": None, "n_shared_experts": 2, **_DEEPSEEK}),
+    "deepseek_v3": ("DeepseekV3", {"q_lora_rank": 10, **_GROUPS, **_DEEPSEEK}),
 }
 
 
@@ -46,6 +81,9 @@ def hf_model(family: str, *, dtype=torch.float32, seed: int = 0, **changes):
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=draw)
             parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.15 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=draw))
     return model.to(dtype)
 
 
@@ -55,6 +93,12 @@ def write_checkpoint(folder: Path, family: str, *, shard_size: str = "5GB", **ho
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
     (folder / "tokenizer_config.json").write_text("{}")
     return folder
+
+
+def by_file_name(model, folder: Path) -> dict[str, torch.Tensor]:
+    """Return a model's parameters as its files name them: experts one by one."""
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
 
 
 def to_old_layout(config: dict) -> dict:

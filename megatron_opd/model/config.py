@@ -14,36 +14,56 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_opd.model.families import (
+    ACTIVATIONS,
+    FAMILIES,
+    ONLY,
+    REFUSED,
+    ExpertNames,
+    Family,
+    Mixture,
+)
+
 HFConfig = Mapping[str, Any] | str | Path  # the parsed file, the file, or the folder it is in
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True)
-class _Family:
-    qkv_bias: bool
-    qk_norm: bool
-    head_dim: int | None = None  # None: hidden_size / num_attention_heads
-
-
-_FAMILIES = {
-    "llama": _Family(qkv_bias=False, qk_norm=False),
-    "qwen2": _Family(qkv_bias=True, qk_norm=False),
-    "qwen3": _Family(qkv_bias=False, qk_norm=True, head_dim=128),
-}
-# keys that would change the network, and the only value it is built for
-_ONLY = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "attention_dropout": 0.0,
-    "partial_rotary_factor": 1.0,
-    "quantization_config": None,
-}
 _ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
 }
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts of a model, and how tokens get to them."""
+
+    count: int
+    per_token: int
+    ffn: int  # of each
+    shared_ffn: int  # of the expert that every token goes to; 0: none
+    shared_gate: bool  # its output is scaled by a sigmoid of its own
+    normalized: bool  # the weights of a token's experts add up to one
+    sigmoid: bool  # scores are sigmoids, and a bias corrects them to choose experts
+    fp32: bool  # the router's product
+    scale: float  # of the weights
+    groups: int | None  # a token's experts are in groups_per_token of these
+    groups_per_token: int | None
+    layers: tuple[bool, ...]  # which decoder layers have experts: the others are dense
+    names: ExpertNames
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention: keys and values are projected up from a common vector."""
+
+    q_rank: int | None  # of a vector that queries are projected up from; None: directly
+    kv_rank: int
+    plain: int  # of a head's query and key, what is not rotated …
+    rotated: int  # … and what is; all heads have the same rotated key
+    value: int  # size of a head's value
 
 
 @dataclass(frozen=True)
@@ -54,8 +74,8 @@ class Architecture:
     hidden: int
     heads: int
     kv_heads: int
-    head_dim: int
-    ffn: int
+    head_dim: int  # of queries and keys
+    ffn: int  # of the dense layers
     vocab_rows: int  # rows of the embedding table in the checkpoint
     max_positions: int
     norm_eps: float
@@ -63,31 +83,75 @@ class Architecture:
     tied: bool  # the output projection is the embedding table
     qkv_bias: bool
     qk_norm: bool
+    activation: str  # silu or gelu_tanh, of the gated mlp
+    zero_centered: bool  # norms multiply by 1 + weight
+    scaled_embeddings: bool  # by √hidden
+    experts: Experts | None  # None: a dense model
+    latent: Latent | None  # None: plain attention, perhaps with fewer key-value heads
     rope: Mapping[str, Any]  # rope_type, rope_theta and the parameters of the type
     dtype: torch.dtype | None  # None: the file does not say
 
     def cache_elements(self, tp: int = 1) -> int:
         """Return how many numbers the keys and values of one token are, on one of `tp` ranks."""
-        return 2 * self.layers * max(1, self.kv_heads // tp) * self.head_dim
+        value = self.latent.value if self.latent else self.head_dim
+        return self.layers * max(1, self.kv_heads // tp) * (self.head_dim + value)
 
     def inv_freq(self) -> Tensor:
-        """Return the rotary inverse frequencies, fp32 `[head_dim / 2]`.
+        """Return the rotary inverse frequencies, fp32 `[d / 2]` for the d rotated of a head.
 
         default: θ^(-2i/d). linear: that / factor. llama3 (Llama 3.1): wavelengths above
         original / low_freq_factor are divided by factor, those below original / high_freq_factor
-        are kept, and the ones between are interpolated.
+        are kept, and the ones between are interpolated. yarn (arXiv:2309.00071): likewise between
+        beta_slow and beta_fast turns, but by the number of the frequency.
         """
-        power = torch.arange(0, self.head_dim, 2).float() / self.head_dim
-        trained = 1.0 / (self.rope["rope_theta"] ** power)
+        dim = self.latent.rotated if self.latent else self.head_dim
+        trained = 1.0 / (self.rope["rope_theta"] ** (torch.arange(0, dim, 2).float() / dim))
         if self.rope["rope_type"] == "default":
             return trained
         slow = trained / self.rope["factor"]
         if self.rope["rope_type"] == "linear":
             return slow
-        low, high = self.rope["low_freq_factor"], self.rope["high_freq_factor"]
-        turns = self.rope["original_max_position_embeddings"] * trained / (2 * math.pi)
-        keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)  # 0: slow, 1: as trained
+        keep = self._kept(trained, dim)  # 0: slow, 1: as trained
         return (1 - keep) * slow + keep * trained
+
+    def _kept(self, trained: Tensor, dim: int) -> Tensor:
+        rope, positions = self.rope, self.rope["original_max_position_embeddings"]
+        if rope["rope_type"] == "llama3":
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            turns = positions * trained / (2 * math.pi)
+            return ((turns - low) / (high - low)).clamp(0.0, 1.0)
+        per_log = dim / (2 * math.log(rope["rope_theta"]))
+        first, last = (
+            per_log * math.log(positions / (turns * 2 * math.pi))
+            for turns in (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)
+        )
+        if rope.get("truncate", True):
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, dim - 1)
+        ramp = (torch.arange(dim // 2).float() - first) / (last - first or 0.001)
+        return 1 - ramp.clamp(0.0, 1.0)
+
+    def attention_scale(self) -> float | None:
+        """Return what queries times keys are multiplied by; None: 1/√head_dim.
+
+        yarn multiplies both by 0.1 ln factor + 1, unless the file says otherwise. (Of latent
+        attention, where it is for the rotated part alone, Megatron sees to it.)
+        """
+        rope = self.rope
+        if rope["rope_type"] != "yarn" or self.latent:
+            return None
+        grown = rope.get("attention_factor")
+        if grown is None:
+            parts = rope.get("mscale"), rope.get("mscale_all_dim")
+            if all(parts):
+                grown = _mscale(rope, parts[0]) / _mscale(rope, parts[1])
+            else:
+                grown = _mscale(rope, 1.0)
+        return grown**2 / math.sqrt(self.head_dim)
+
+
+def _mscale(rope: Mapping[str, Any], by: float) -> float:
+    return 1.0 if rope["factor"] <= 1 else 0.1 * by * math.log(rope["factor"]) + 1.0
 
 
 def read_config(hf: HFConfig) -> dict[str, Any]:
@@ -130,32 +194,110 @@ def architecture(hf: HFConfig) -> Architecture:
         ValueError: a key is missing or asks for something not supported; names file and key.
     """
     config, file = read_config(hf), str(_path(hf))
-    family = _FAMILIES.get(config.get("model_type", ""))
-    if family is None:
-        got, known = config.get("model_type"), ", ".join(_FAMILIES)
-        raise ValueError(f"{file}: model_type={got!r}, expected one of {known}")
-    for key, only in _ONLY.items():
-        if (config.get(key, only) or None) != (only or None):  # absent, null, 0 and false are one
-            raise ValueError(f"{file}: {key}={config[key]!r} is not supported, expected {only!r}")
-    _refuse_sliding_window(config, file)
+    family = _family(config, file)
+    _refuse_sliding_window(config, family, file)
     heads, hidden = _need(config, "num_attention_heads", file), _need(config, "hidden_size", file)
+    latent = _latent(config, file) if family.latent else None
+    head_dim = config.get("head_dim") or family.head_dim or hidden // heads
     return Architecture(
         layers=_need(config, "num_hidden_layers", file),
         hidden=hidden,
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or family.head_dim or hidden // heads,
+        kv_heads=heads if latent else config.get("num_key_value_heads") or heads,
+        head_dim=latent.plain + latent.rotated if latent else head_dim,
         ffn=_need(config, "intermediate_size", file),
         vocab_rows=_need(config, "vocab_size", file),
         max_positions=_need(config, "max_position_embeddings", file),
         norm_eps=config.get("rms_norm_eps", 1e-6),
         init_std=config.get("initializer_range", 0.02),
-        tied=config.get("tie_word_embeddings", False),
+        tied=config.get("tie_word_embeddings", family.tied),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        rope=_rope(config, file),
+        activation=family.activation,
+        zero_centered=family.zero_centered,
+        scaled_embeddings=family.scaled_embeddings,
+        experts=_experts(config, family.mixture, file) if family.mixture else None,
+        latent=latent,
+        rope=_rope(config, family, file),
         dtype=_dtype(config, file),
     )
+
+
+def _family(config: Mapping[str, Any], file: str) -> Family:
+    """Return the family, after a look at the keys that it knows only one value of."""
+    name = config.get("model_type") or ""
+    family = FAMILIES.get(name)
+    if family is None:
+        lacking = REFUSED.get(name)
+        why = f" (Megatron's layers have no {lacking})" if lacking else ""
+        known = ", ".join(FAMILIES)
+        raise ValueError(
+            f"{file}: model_type={config.get('model_type')!r}{why}, expected one of {known}"
+        )
+    for key, only in {**ONLY, **family.only}.items():
+        if (config.get(key, only) or None) != (only or None):  # absent, null, 0 and false are one
+            raise ValueError(f"{file}: {key}={config[key]!r} is not supported, expected {only!r}")
+    spelled = [word for word, meant in ACTIVATIONS.items() if meant == family.activation]
+    asked = config.get("hidden_activation") or config.get("hidden_act", spelled[0])
+    if asked not in spelled:
+        raise ValueError(f"{file}: hidden_act={asked!r} is not supported, expected {spelled[0]!r}")
+    return family
+
+
+def _latent(config: Mapping[str, Any], file: str) -> Latent:
+    return Latent(
+        q_rank=config.get("q_lora_rank"),
+        kv_rank=_need(config, "kv_lora_rank", file),
+        plain=_need(config, "qk_nope_head_dim", file),
+        rotated=_need(config, "qk_rope_head_dim", file),
+        value=_need(config, "v_head_dim", file),
+    )
+
+
+def _experts(config: Mapping[str, Any], mixture: Mixture, file: str) -> Experts:
+    key = next((name for name in mixture.count if config.get(name)), mixture.count[0])
+    ffn, per_token = (_need(config, key, file) for key in (mixture.ffn, "num_experts_per_tok"))
+    shared = config.get("shared_expert_intermediate_size") or 0
+    normalized, (groups, chosen) = mixture.normalized, _groups(config, mixture, per_token, file)
+    return Experts(
+        count=_need(config, key, file),
+        per_token=per_token,
+        ffn=ffn,
+        shared_ffn=shared or ffn * (config.get("n_shared_experts") or 0),
+        shared_gate=mixture.shared_gate,
+        normalized=config.get("norm_topk_prob", False) if normalized is None else normalized,
+        sigmoid=mixture.sigmoid,
+        fp32=mixture.fp32,
+        scale=config.get("routed_scaling_factor") or 1.0,
+        groups=groups,
+        groups_per_token=chosen,
+        layers=tuple(_sparse(config, layer) for layer in range(config["num_hidden_layers"])),
+        names=mixture.names,
+    )
+
+
+def _sparse(config: Mapping[str, Any], layer: int) -> bool:
+    """Say whether a layer has experts."""
+    if layer < (config.get("first_k_dense_replace") or 0):
+        return False
+    step, dense = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or ()
+    return (layer + 1) % step == 0 and layer not in dense
+
+
+def _groups(
+    config: Mapping[str, Any], mixture: Mixture, per_token: int, file: str
+) -> tuple[int | None, int | None]:
+    """Return how many groups there are, and how many of them a token's experts are chosen from."""
+    groups, chosen = config.get("n_group") or 1, config.get("topk_group") or 1
+    if groups == 1 or not mixture.sigmoid:
+        return None, None
+    if per_token != 2 * chosen:
+        raise ValueError(
+            f"{file}: topk_group={chosen} is not supported, expected num_experts_per_tok / 2 = "
+            f"{per_token / 2:g}: Megatron rates a group by its best num_experts_per_tok / "
+            "topk_group experts, the model by its best 2"
+        )
+    return groups, chosen
 
 
 def _need(config: Mapping[str, Any], key: str, where: str) -> Any:
@@ -164,30 +306,44 @@ def _need(config: Mapping[str, Any], key: str, where: str) -> Any:
     return config[key]
 
 
-def _refuse_sliding_window(config: Mapping[str, Any], file: str) -> None:
+def _refuse_sliding_window(config: Mapping[str, Any], family: Family, file: str) -> None:
     """Refuse a window that some layer uses; Qwen2 files carry a size that is switched off."""
     types = set(config.get("layer_types") or ())
     if types - {"full_attention"}:
         raise ValueError(f"{file}: layer_types={sorted(types)}, expected only full_attention")
-    windowed = _need(config, "num_hidden_layers", file) - config.get("max_window_layers", 28)
-    if not types and config.get("use_sliding_window") and windowed > 0:
-        raise ValueError(f"{file}: use_sliding_window=True is not supported, expected False")
+    if family.switched:
+        windowed = _need(config, "num_hidden_layers", file) - config.get("max_window_layers", 28)
+        if not types and config.get("use_sliding_window") and windowed > 0:
+            raise ValueError(f"{file}: use_sliding_window=True is not supported, expected False")
+        return
+    window = config.get("sliding_window", family.window)
+    positions = _need(config, "max_position_embeddings", file)
+    if window and window < positions:
+        raise ValueError(
+            f"{file}: sliding_window={window} is not supported, expected null or at least "
+            f"max_position_embeddings={positions}"
+        )
 
 
-def _rope(config: Mapping[str, Any], file: str) -> dict[str, Any]:
+def _rope(config: Mapping[str, Any], family: Family, file: str) -> dict[str, Any]:
     """Merge `rope_theta` + `rope_scaling`, or `rope_parameters` since transformers 5."""
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     rope.setdefault("rope_type", rope.get("type", "default"))
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    rope.setdefault("rope_theta", config.get("rope_theta", family.theta))
     rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
     kind = rope["rope_type"]
     if kind not in _ROPE_KEYS:
         raise ValueError(f"{file}: rope_type={kind!r}, expected one of {', '.join(_ROPE_KEYS)}")
-    partial = rope.get("partial_rotary_factor", 1.0)
-    if partial != 1.0:
-        raise ValueError(f"{file}: partial_rotary_factor={partial} is not supported, expected 1.0")
     for key in _ROPE_KEYS[kind]:
         _need(rope, key, f"{file}: rope_type={kind}")
+    refused = {"partial_rotary_factor": 1.0, "attn_factor": None}  # vLLM alone reads the latter
+    if family.latent:
+        refused["attention_factor"] = None
+        if kind not in ("default", "yarn"):
+            raise ValueError(f"{file}: rope_type={kind!r}, expected one of default, yarn")
+    for key, only in refused.items():
+        if rope.get(key, only) != only:
+            raise ValueError(f"{file}: {key}={rope[key]} is not supported, expected {only}")
     return rope
 
 
@@ -198,22 +354,50 @@ def _dtype(config: Mapping[str, Any], file: str) -> torch.dtype | None:
     return None if name is None else DTYPES[name]
 
 
-def check_layout(hf: HFConfig, tp: int, pp: int) -> None:
-    """Check that the network divides over tp × pp ranks; needs no process group.
+def check_layout(
+    hf: HFConfig,
+    tp: int,
+    pp: int,
+    *,
+    vpp: int = 1,
+    ep: int = 1,
+    etp: int | None = None,
+    sequence_parallel: bool = True,
+    key: str = "parallel",
+) -> None:
+    """Check that the network divides over the ranks of a layout; needs no process group.
+
+    `key` is the section of the config that has the axes.
+    `etp` is the tensor-parallel size inside an expert; None: `tp`. `sequence_parallel` matters to
+    models that are trained. What a model without experts does with ep and etp is nothing.
 
     Raises:
-        ValueError: heads, key-value heads, ffn or layers do not divide.
+        ValueError: heads, key-value heads, ffn, layers or experts do not divide, or experts are to
+            be trained under tensor parallelism without sequence parallelism.
     """
     arch = architecture(hf)
-    for key, size, axis, ranks in (
+    experts, layers = arch.experts, "pp" if vpp == 1 else "pp × vpp"
+    if experts and tp > 1 and not sequence_parallel:
+        raise ValueError(
+            f"{key}: sequence_parallel=false with tp={tp} and the experts of {_path(hf)}, "
+            "expected true: Megatron trains experts under tensor parallelism with it alone"
+        )
+    divided = [
         ("num_attention_heads", arch.heads, "tp", tp),
         ("num_key_value_heads", arch.kv_heads, "tp", tp),
         ("intermediate_size", arch.ffn, "tp", tp),
-        ("num_hidden_layers", arch.layers, "pp", pp),
-    ):
+        ("num_hidden_layers", arch.layers, layers, pp * vpp),
+    ]
+    if experts:
+        divided += [
+            ("the number of experts", experts.count, "ep", ep),
+            ("the experts' intermediate size", experts.ffn, "etp", etp or tp),
+            ("the shared expert's intermediate size", experts.shared_ffn, "tp", tp),
+        ]
+    for what, size, axis, ranks in divided:
         if ranks < 1 or size % ranks:
             raise ValueError(
-                f"parallel: {axis}={ranks} does not divide {key}={size} of {_path(hf)}; "
+                f"{key}: {axis}={ranks} does not divide {what}={size} of {_path(hf)}; "
                 f"expected a divisor of {size}"
             )
 

@@ -21,6 +21,9 @@ _PASSED = (
     "clone_scatter_output_in_embedding",
     "deallocate_pipeline_outputs",
     "distribute_saved_activations",
+    "moe_aux_loss_coeff",
+    "moe_router_dtype",
+    "moe_z_loss_coeff",
     "recompute_*",
 )
 _TRANSFORMER_ENGINE = (  # passed on too, but the portable layers do not read them
@@ -30,14 +33,16 @@ _TRANSFORMER_ENGINE = (  # passed on too, but the portable layers do not read th
     "cpu_offloading*",
     "deterministic_mode",
     "fused_single_qkv_rope",
+    "moe_grouped_gemm",
+    "moe_permute_fusion",
+    "moe_router_fusion",
 )
 _REASONS = {  # for the fields that are asked for most; the others get a general one
-    "*context_parallel*": "context parallelism is not supported",
-    "*moe*": "mixture-of-experts models are not supported",
-    "expert_*": "mixture-of-experts models are not supported",
+    "*context_parallel*": "parallel.cp sets it",
+    "expert_*": "parallel.ep and parallel.etp set it",
     "fp[48]*": "quantised arithmetic is not supported",
     "*cuda_graph*": "CUDA graphs need microbatches of one length",
-    "virtual_*": "virtual pipeline stages are not supported",
+    "virtual_*": "parallel.vpp sets it",
     "pipeline_model_parallel_layout": "layers are divided evenly over the pipeline",
     "num_layers_in_*": "layers are divided evenly over the pipeline",
     **dict.fromkeys(
@@ -61,15 +66,20 @@ _REASONS = {  # for the fields that are asked for most; the others get a general
         "the network would no longer be the one of config.json",
     ),
 }
+_EXPERTS = "moe_*"  # read by models that have experts alone
 
 
 def check_overrides(
-    megatron: Mapping[str, Any], ours: Collection[str], *, transformer_engine: bool
+    megatron: Mapping[str, Any],
+    ours: Collection[str],
+    *,
+    transformer_engine: bool,
+    experts: bool = False,
 ) -> dict[str, Any]:
     """Return the section with enum members in place of their names.
 
     `ours` are the fields that this program sets itself; `transformer_engine` says whose layers the
-    model has.
+    model has, and `experts` whether some are mixtures of experts.
 
     Raises:
         ValueError: a field that is unknown, may not be set, or has no effect on these layers; a
@@ -90,6 +100,10 @@ def check_overrides(
         except TypeError:
             expected = _spell(kinds[key])
             raise ValueError(f"megatron.{key}: got {given!r}, expected {expected}") from None
+        if fnmatchcase(key, _EXPERTS) and not experts:
+            raise ValueError(f"megatron.{key}={given!r}: the model has no experts; remove it")
+        if fnmatchcase(key, "moe_*_coeff") and not _is_weight(checked[key]):
+            raise ValueError(f"megatron.{key}: got {given!r}, expected a number of 0 or more")
         dropped = not transformer_engine and _matches(key, _TRANSFORMER_ENGINE)
         if dropped and checked[key] != fields[key].default:
             raise ValueError(
@@ -113,6 +127,10 @@ def _refusal(key: str, ours: Collection[str]) -> str | None:
 
 def _matches(key: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _is_weight(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and value >= 0)
 
 
 def _convert(value: Any, kind: Any) -> Any:

@@ -5,11 +5,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from megatron_opd import platform
-from megatron_opd.model.config import Architecture
+from megatron_opd.model.config import Architecture, Experts, Latent
 from megatron_opd.model.overrides import check_overrides
 
 Implementation = Literal["transformer_engine", "local"]
@@ -63,15 +63,29 @@ def transformer_config(
         "sequence_parallel": sequence_parallel,
         "transformer_impl": layers,  # what the layer spec and the packed forward go by
     }
-    chosen = check_overrides(megatron, ours, transformer_engine=fused)
+    chosen = check_overrides(
+        megatron, ours, transformer_engine=fused, experts=arch.experts is not None
+    )
     # unfused, the rotary embedding reads sequence boundaries on the host, twice in every layer
     default: dict[str, Any] = {"apply_rope_fusion": fused}
+    if arch.experts:
+        default |= {
+            "moe_grouped_gemm": fused,
+            "moe_permute_fusion": fused,
+            "moe_router_dtype": "fp32" if arch.experts.fp32 else None,
+        }
     if vpp > 1 and pp == 2:
         # both neighbours are one rank: batched, its sends are matched with the wrong receives, and
         # gradients are silently wrong
         default |= {"batch_p2p_comm": False}
+        if chosen.get("batch_p2p_comm"):
+            raise ValueError(
+                "megatron.batch_p2p_comm=True: with parallel.pp=2 and parallel.vpp > 1 Megatron "
+                "then takes one message for another, and gradients are wrong; remove it"
+            )
     try:
-        return TransformerConfig(**{**ours, **default, **chosen})
+        kind = MLATransformerConfig if arch.latent else TransformerConfig
+        return kind(**{**ours, **default, **chosen})
     except (ValueError, TypeError, AssertionError) as problem:
         told = " ".join(str(problem).split())
         raise ValueError(f"megatron: refused by TransformerConfig: {told}") from None
@@ -87,13 +101,62 @@ def _network(arch: Architecture) -> dict[str, Any]:
         "ffn_hidden_size": arch.ffn,
         "normalization": "RMSNorm",
         "layernorm_epsilon": arch.norm_eps,
+        "layernorm_zero_centered_gamma": arch.zero_centered,
         "qk_layernorm": arch.qk_norm,
+        "softmax_scale": arch.attention_scale(),
         "add_bias_linear": False,
         "add_qkv_bias": arch.qkv_bias,
         "gated_linear_unit": True,
-        "activation_func": F.silu,
+        "activation_func": _ACTIVATIONS[arch.activation],
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
+        **(_experts(arch.experts) if arch.experts else {}),
+        **(_latent(arch, arch.latent) if arch.latent else {}),
+    }
+
+
+def _latent(arch: Architecture, latent: Latent) -> dict[str, Any]:
+    rope, yarn = arch.rope, {}
+    if rope["rope_type"] == "yarn":
+        both = rope.get("mscale") and rope.get("mscale_all_dim")  # one alone counts for nothing
+        yarn = {
+            "rotary_scaling_factor": rope["factor"],
+            "original_max_position_embeddings": rope["original_max_position_embeddings"],
+            "beta_fast": rope.get("beta_fast") or 32,
+            "beta_slow": rope.get("beta_slow") or 1,
+            "mscale": rope["mscale"] if both else 1.0,
+            "mscale_all_dim": rope.get("mscale_all_dim") or 0.0,
+        }
+    return {
+        "multi_latent_attention": True,
+        "qk_layernorm": True,
+        "q_lora_rank": latent.q_rank,
+        "kv_lora_rank": latent.kv_rank,
+        "qk_head_dim": latent.plain,
+        "qk_pos_emb_head_dim": latent.rotated,
+        "v_head_dim": latent.value,
+        "rope_type": "yarn" if yarn else "rope",
+        "rotary_base": rope["rope_theta"],
+        "rotary_scaling_factor": 1.0,
+        **yarn,
+    }
+
+
+def _experts(experts: Experts) -> dict[str, Any]:
+    return {
+        "num_moe_experts": experts.count,
+        "moe_ffn_hidden_size": experts.ffn,
+        "moe_router_topk": experts.per_token,
+        "moe_router_pre_softmax": not experts.normalized,
+        "moe_router_score_function": "sigmoid" if experts.sigmoid else "softmax",
+        "moe_router_enable_expert_bias": experts.sigmoid,
+        "moe_router_bias_update_rate": 0.0,  # pretraining balances the experts with it
+        "moe_router_num_groups": experts.groups,
+        "moe_router_group_topk": experts.groups_per_token,
+        "moe_router_topk_scaling_factor": experts.scale,
+        "moe_shared_expert_intermediate_size": experts.shared_ffn or None,
+        "moe_shared_expert_gate": experts.shared_gate,
+        "moe_layer_freq": 1 if all(experts.layers) else [int(sparse) for sparse in experts.layers],
     }
 
 
@@ -112,6 +175,13 @@ def _numbers(dtype: torch.dtype) -> dict[str, Any]:
         "moe_token_dispatcher_type": "alltoall",  # variable_seq_lengths wants it, dense or not
         "cuda_graph_scope": None,  # the default of 0.16.1 is deprecated there
     }
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+_ACTIVATIONS = {"silu": F.silu, "gelu_tanh": _gelu_tanh}
 
 
 def _leave(weight: Tensor) -> Tensor:

@@ -14,10 +14,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opd.model.config import Architecture, HFConfig, architecture
+from megatron_opd.model.dist_files import MegatronFiles
 from megatron_opd.model.gpt import Stage
-from megatron_opd.model.hf_files import ShardWriter, TensorFiles, fresh_folder, write_description
+from megatron_opd.model.hf_files import (
+    ShardWriter,
+    TensorFiles,
+    fresh_folder,
+    sane,
+    write_description,
+)
 from megatron_opd.model.hf_map import Shape, Weight, manifest, stage_parameters, weights
 from megatron_opd.parallel import Parallel
+from megatron_opd.types import Head
 
 # name, whole shape, dim, start, stop → the slice (dim None: the whole tensor)
 _Read = Callable[[str, Shape, int | None, int, int], Tensor]
@@ -41,15 +49,64 @@ def load_hf(
         needed = vocab_size or model.architecture.vocab_rows
         files = _open(folder, model.architecture, needed)
         _check_rows("the model's padded vocabulary", model.vocab_size, needed)
-
-        def read(name: str, shape: Shape, dim: int | None, start: int, stop: int) -> Tensor:
-            return _sane(files.read(name, dim, start, stop), f"{folder}: {name}")
-
-        rows = {name: files.shape(name)[0] for name in _tables(model.architecture)}
-        _fill(model, read, rows)
+        fill_from(model, files)
         return files.bytes_read
 
     return parallel.agree(load)[parallel.rank]
+
+
+def fill_from(model: Stage, files: TensorFiles | MegatronFiles) -> None:
+    """Read every parameter of this rank.
+
+    Raises:
+        ValueError: a file cannot be read, or a tensor is not finite or all zero.
+    """
+    rows = {name: files.shape(name)[0] for name in _tables(model.architecture)}
+    _fill(model, _reader(files, model.architecture), rows)
+
+
+def _reader(files: TensorFiles | MegatronFiles, arch: Architecture) -> _Read:
+    zeros = {name for w in weights(arch) if w.start == 0 for name in w.hf}
+
+    def read(name: str, shape: Shape, dim: int | None, start: int, stop: int) -> Tensor:
+        piece = files.read(name, dim, start, stop)
+        return sane(piece, f"{files.folder}: {name}", may_be_zero=name in zeros)
+
+    return read
+
+
+def load_head(
+    folder: str | Path,
+    parallel: Parallel,
+    *,
+    padded_vocab: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+) -> Head | None:
+    """Load this rank's rows of a checkpoint's output projection, and nothing else; collective.
+
+    Of `padded_vocab` rows over the tensor-parallel ranks, as `load_hf` fills them. None before the
+    last pipeline stage.
+
+    Raises:
+        ValueError: as `load_hf`. On every rank.
+    """
+    arch, mine = architecture(folder), 0
+    if parallel.is_last_stage:
+        mine = padded_vocab // parallel.tp
+    weight_VH = torch.empty(mine, arch.hidden, dtype=dtype)
+
+    def load() -> None:
+        files = _open(folder, arch, vocab_size)
+        table = [weight for weight in weights(arch) if weight.vocab][-1]  # tied: the embedding's
+        rows = {name: files.shape(name)[0] for name in table.hf}
+        read = _reader(files, arch)
+        if mine:
+            shard = _shard(table, weight_VH, read, rows, parallel.tp_rank, parallel.tp)
+            weight_VH.copy_(shard)
+
+    parallel.agree(load)
+    return Head(weight_VH.to(parallel.device), vocab_size, parallel.tp_group) if mine else None
 
 
 def check_files(folder: str | Path, *, vocab_size: int = 0) -> None:
@@ -79,36 +136,23 @@ def _check_rows(table: str, rows: int, needed: int) -> None:
         raise ValueError(f"{table} has {rows} rows, expected at least {needed}")
 
 
-def _sane(tensor: Tensor, name: str) -> Tensor:
-    """Refuse what an interrupted download or a lost offload leaves behind.
-
-    A bias may be zero: untrained models have them.
-    """
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"{name} has values that are not finite")
-    if tensor.numel() and not name.endswith(".bias") and not tensor.any():
-        raise ValueError(f"{name} is all zero")
-    return tensor
-
-
 def init_random(model: Stage, *, seed: int) -> None:
     """Draw weights to train from scratch: N(0, initializer_range), norms 1, biases 0.
 
     Projections back into the residual stream get initializer_range / √(2 · layers), as Megatron
     does. A tensor's values depend on its Hugging Face name and `seed` alone: not on the layout.
     """
-    arch, std = model.architecture, {}
-    for weight in weights(arch):
-        scale = 1 / math.sqrt(2 * arch.layers) if weight.cut == 1 else 1.0
-        std.update(dict.fromkeys(weight.hf, scale * arch.init_std))
+    arch = model.architecture
+    rows = {name: weight for weight in weights(arch) for name in weight.hf}
 
     def draw(name: str, shape: Shape, dim: int | None, start: int, stop: int) -> Tensor:
-        if len(shape) == 1:
-            whole = torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
+        if rows[name].start is not None:
+            whole = torch.full(shape, rows[name].start)
         else:
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            whole = std[name] * torch.randn(shape, generator=generator)
+            std = arch.init_std / (math.sqrt(2 * arch.layers) if rows[name].cut == 1 else 1)
+            whole = std * torch.randn(shape, generator=generator)
         return whole if dim is None else whole.narrow(dim, start, stop - start)
 
     _fill(model, draw, {})
@@ -117,11 +161,12 @@ def init_random(model: Stage, *, seed: int) -> None:
 @torch.no_grad()
 def _fill(model: Stage, read: _Read, rows: dict[str, int]) -> None:
     """Assemble every parameter of this rank; `rows` overrides the row count of a table."""
-    parameters, tp = stage_parameters(model), model.chunks[0].pg_collection.tp
+    parameters, groups = stage_parameters(model), model.chunks[0].pg_collection
     for weight in weights(model.architecture):
         for name in weight.megatron:
             if name in parameters:
                 shard = parameters.pop(name)
+                tp = groups.tp if weight.expert is None else groups.expt_tp
                 shard.copy_(_shard(weight, shard, read, rows, tp.rank(), tp.size()))
     assert not parameters, f"parameters without a Hugging Face name: {list(parameters)}"
 
@@ -155,19 +200,19 @@ def export_hf(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every Hugging Face tensor, whole, in manifest order, on every rank of the replica.
 
-    Collective over the replica: all its ranks iterate to the end. Tables have `vocab_size` rows
-    (None: those of config.json). Tensors have the model's device and dtype, and may share memory
-    with its parameters: do not write.
+    Collective over the replica: all its ranks iterate to the end; with ep > 1 over all replicas,
+    because an expert may lie on another one (see `takes_part`). Tables have `vocab_size` rows
+    (None: those of config.json). Tensors have the model's device and dtype (but see
+    `Weight.dtype`), and may share memory with its parameters: do not write.
     """
     parameters, arch = stage_parameters(model), exported(model, vocab_size)
     assert model.vocab_size >= arch.vocab_rows, "a table that was cut on loading is not whole"
     for weight in weights(arch):
         stage, _ = parallel.place(weight.layer, arch.layers)
         if stage == parallel.pp_rank:
-            shard = next(parameters[name] for name in weight.megatron if name in parameters)
-            whole = _gather(weight, shard.detach(), parallel)
+            whole = _gather(weight, _shard_of(weight, parameters, model, parallel), parallel)
         else:
-            dtype, device = model.config.params_dtype, parallel.device
+            dtype, device = weight.dtype(model.config.params_dtype), parallel.device
             whole = [torch.empty(s, dtype=dtype, device=device) for s in weight.hf.values()]
         for name, tensor in zip(weight.hf, whole, strict=True):
             if parallel.pp > 1:
@@ -176,13 +221,39 @@ def export_hf(
             yield name, tensor
 
 
+def takes_part(parallel: Parallel) -> bool:
+    """Say whether this rank must iterate an export that only the first replica has a use for."""
+    return parallel.dp_rank == 0 or parallel.ep > 1
+
+
+def _shard_of(
+    weight: Weight, parameters: dict[str, Tensor], model: Stage, parallel: Parallel
+) -> Tensor:
+    """Return this rank's part of a weight; of an expert, from the rank that has it."""
+    shard = next((parameters[name] for name in weight.megatron if name in parameters), None)
+    experts = model.architecture.experts
+    if weight.expert is None or experts is None or parallel.ep == 1:
+        assert shard is not None, f"{weight.megatron[0]} is not on its stage"
+        return shard.detach()
+    if shard is None:
+        shape = weight.shard_shape(parallel.etp)
+        shard = torch.empty(shape, dtype=model.config.params_dtype, device=parallel.device)
+    owner = weight.expert * parallel.ep // experts.count
+    source = dist.get_global_rank(parallel.ep_group, owner)
+    dist.broadcast(shard.detach(), source, group=parallel.ep_group)
+    return shard.detach()
+
+
 def _gather(weight: Weight, shard: Tensor, parallel: Parallel) -> list[Tensor]:
     """Join the tensor-parallel ranks' parts of each Hugging Face tensor."""
-    parts = weight.split(shard, parallel.tp)
-    if weight.cut is not None and parallel.tp > 1:
+    tp, group = parallel.tp, parallel.tp_group
+    if weight.expert is not None:
+        tp, group = parallel.etp, parallel.etp_group
+    parts = weight.split(shard, tp)
+    if weight.cut is not None and tp > 1:
         for i, part in enumerate(parts):
-            ranks = [torch.empty_like(part) for _ in range(parallel.tp)]
-            dist.all_gather(ranks, part.contiguous(), group=parallel.tp_group)
+            ranks = [torch.empty_like(part) for _ in range(tp)]
+            dist.all_gather(ranks, part.contiguous(), group=group)
             parts[i] = torch.cat(ranks, weight.cut)
     rows = [shape[0] for shape in weight.hf.values()]
     return [part[:n].contiguous() for part, n in zip(parts, rows, strict=True)]
@@ -210,10 +281,13 @@ def save_hf(
     final = Path(folder)
     draft = final.with_name(f"tmp_{final.name}")
     parallel.owner(lambda: fresh_folder(draft, final))
-    itemsize, shapes = model.config.params_dtype.itemsize, manifest(model.architecture)
-    sizes = {name: itemsize * math.prod(shape) for name, shape in shapes.items()}
-    writer = ShardWriter(draft, sizes, max_shard_bytes)
-    problem = _write(writer, model, parallel) if parallel.dp_rank == 0 else None
+    kinds = {
+        name: (weight.dtype(model.config.params_dtype), shape)
+        for weight in weights(model.architecture)
+        for name, shape in weight.hf.items()
+    }
+    writer = ShardWriter(draft, kinds, max_shard_bytes)
+    problem = _write(writer, model, parallel) if takes_part(parallel) else None
 
     def publish() -> None:
         if problem is not None:
@@ -228,7 +302,7 @@ def save_hf(
 def _write(writer: ShardWriter, model: Stage, parallel: Parallel) -> OSError | None:
     """Write the tensors on rank 0 and return what went wrong there.
 
-    The other ranks of the replica wait in the export, so it is seen through even after an error.
+    The other ranks wait in the export, so it is seen through even after an error.
     """
     problem = None
     for name, tensor in export_hf(model, parallel):

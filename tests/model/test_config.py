@@ -71,7 +71,8 @@ def test_llama3_uses_every_parameter():
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"model_type": "mamba"}, "model_type='mamba', expected one of llama, qwen2, qwen3"),
+        ({"model_type": "mamba"}, "model_type='mamba', expected one of llama, mistral, qwen2, "),
+        ({"model_type": "gemma2"}, "Megatron's layers have no norms after attention and mlp"),
         ({"model_type": None}, "model_type=None"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, expected 'silu'"),
         ({"attention_bias": True}, "attention_bias=True"),
@@ -80,7 +81,8 @@ def test_llama3_uses_every_parameter():
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
         ({"use_sliding_window": True, "max_window_layers": 2}, "use_sliding_window=True"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type='yarn', expected one of"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type='dynamic', expected one"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "attn_factor": 0.9}}, "attn_factor=0.9"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
@@ -94,6 +96,64 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, change, told):
         architecture(tmp_path)
     message = str(caught.value)
     assert told in message and str(tmp_path / "config.json") in message and "\n" not in message
+
+
+MIXTRAL = {**QWEN2, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "told"),
+    [
+        ("mistral", {"sliding_window": 128}, "sliding_window=128 is not supported, expected null"),
+        ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window=True"),
+        ("mixtral", {"num_local_experts": None}, "num_local_experts is missing"),
+        ("qwen3_moe", {"num_experts_per_tok": None}, "num_experts_per_tok is missing"),
+        ("gemma", {"hidden_act": "silu"}, "hidden_act='silu' is not supported, expected 'gelu_py"),
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "topk_method='group_limited_gr"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob=True"),
+        ("deepseek_v2", {"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05 is not supported, expected 1e"),
+        ("deepseek_v3", {"topk_group": 1}, "topk_group=1 is not supported, expected num_experts_p"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False"),
+        ("deepseek_v3", {"v_head_dim": None}, "v_head_dim is missing"),
+    ],
+)
+def test_what_a_family_cannot_have_is_refused_by_name(family, change, told):
+    with pytest.raises(ValueError) as caught:
+        architecture({**config_of(family), **change})
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+DISTILLED = {  # keys of published config.json files that are of no consequence here
+    "qwen2": {"use_mrope": False, "use_sliding_window": False, "sliding_window": 4096},
+    "llama": {"pretraining_tp": 1, "mlp_bias": False, "rope_parameters": None},
+    "gemma": {"hidden_act": "gelu", "hidden_activation": None},
+    "mistral": {"sliding_window": 4096},
+    "mixtral": {"router_aux_loss_coef": 0.02, "output_router_logits": False},
+    "deepseek_v3": {"ep_size": 1, "topk_method": "noaux_tc", "num_nextn_predict_layers": 1},
+}
+
+
+@pytest.mark.parametrize("family", DISTILLED)
+def test_keys_of_published_models_are_understood(family):
+    config = config_of(family)
+    plain = architecture({**config, "rope_parameters": None} if family == "llama" else config)
+    assert architecture({**config, **DISTILLED[family]}) == plain
+
+
+def test_experts_are_counted_by_old_and_new_keys():
+    new = {"num_experts": None, "num_local_experts": 4}
+    assert architecture({**config_of("qwen3_moe"), **new}).experts.count == 4
+    old = {"num_experts": 4, "num_local_experts": None}
+    assert architecture({**config_of("qwen3_moe"), **old}).experts.count == 4
+
+
+def test_layers_without_experts_are_told_from_those_with():
+    step = {"decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    moe = architecture({**config_of("qwen3_moe"), **step}).experts
+    assert moe.layers == (False, True, False, False)
+    deepseek = architecture({**config_of("deepseek_v2"), "first_k_dense_replace": 2})
+    assert deepseek.experts.layers == (False, False, True, True)
 
 
 def test_settings_that_are_switched_off_are_accepted():
@@ -110,6 +170,22 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"config\.json: expected a JSON object, got list"):
         architecture(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("layout", "told"),
+    [
+        (dict(ep=3), "ep=3 does not divide the number of experts=4"),
+        (dict(etp=5), "etp=5 does not divide the experts' intermediate size=48"),
+        (dict(pp=2, vpp=4), "pp × vpp=8 does not divide num_hidden_layers=4"),
+        (dict(tp=2, sequence_parallel=False), "sequence_parallel=false with tp=2 and the experts"),
+    ],
+)
+def test_a_layout_that_does_not_fit_experts_is_named(layout, told):
+    with pytest.raises(ValueError, match=told):
+        check_layout(MIXTRAL, **{"tp": 1, "pp": 1, **layout})
+    check_layout(MIXTRAL, 2, 2, vpp=2, ep=4, etp=1)
+    check_layout(QWEN2, 2, 2, ep=3, sequence_parallel=False)  # nothing to spread
 
 
 @pytest.mark.parametrize(
@@ -176,9 +252,11 @@ OTHER_NETWORK = r"the network would no longer be the one of config\.json; remove
         ({"hidden_size": 64}, rf"megatron\.hidden_size=64: {SET_ELSEWHERE}"),
         ({"sequence_parallel": True}, rf"megatron\.sequence_parallel=True: {SET_ELSEWHERE}"),
         ({"transformer_impl": "local"}, SET_ELSEWHERE),
-        ({"context_parallel_size": 2}, "context parallelism is not supported"),
-        ({"virtual_pipeline_model_parallel_size": 2}, "virtual pipeline stages"),
-        ({"num_moe_experts": 8}, "mixture-of-experts models are not supported"),
+        ({"context_parallel_size": 2}, "parallel.cp sets it"),
+        ({"virtual_pipeline_model_parallel_size": 2}, "parallel.vpp sets it"),
+        ({"expert_model_parallel_size": 2}, "parallel.ep and parallel.etp set it"),
+        ({"num_moe_experts": 8}, "not passed on"),
+        ({"moe_aux_loss_coeff": 0.1}, "the model has no experts; remove it"),
         ({"window_size": [128, 0]}, OTHER_NETWORK),
         ({"softmax_type": "off-by-one"}, OTHER_NETWORK),
         ({"softmax_scale": "x"}, OTHER_NETWORK),
@@ -214,6 +292,24 @@ def test_megatron_overrides_arrive():
     assert config.recompute_granularity == "selective" and config.recompute_modules == ["mlp"]
     assert config.attention_backend is AttnBackend.auto
     assert config.bf16 and config.params_dtype == config.pipeline_dtype == torch.bfloat16
+
+
+def test_auxiliary_losses_of_the_router_arrive_and_are_off_until_then():
+    arch = architecture({**MIXTRAL, "router_aux_loss_coef": 0.02})
+    assert transformer_config(arch, {}, dtype=torch.float32).moe_aux_loss_coeff == 0
+    asked = {"moe_aux_loss_coeff": 0.01, "moe_z_loss_coeff": 1, "moe_router_dtype": "fp32"}
+    config = transformer_config(arch, asked, dtype=torch.float32)
+    assert (config.moe_aux_loss_coeff, config.moe_z_loss_coeff) == (0.01, 1.0)
+    assert config.moe_router_dtype == "fp32"
+    for refused, told in [
+        ({"moe_router_topk": 1}, SET_ELSEWHERE),
+        ({"moe_router_load_balancing_type": "sinkhorn"}, "not passed on"),
+        ({"moe_aux_loss_coeff": [0.1]}, "expected a number of 0 or more"),
+        ({"moe_aux_loss_coeff": -0.1}, "expected a number of 0 or more"),
+        ({"moe_grouped_gemm": True}, "only Transformer Engine's layers read it"),
+    ]:
+        with pytest.raises(ValueError, match=told):
+            transformer_config(arch, refused, dtype=torch.float32)
 
 
 def test_transformer_engines_layers_take_more():

@@ -21,8 +21,8 @@ from megatron_opd.model import (
 from megatron_opd.model.hf_map import manifest, stage_parameters, weights
 from megatron_opd.model.torch_dist import sharded_weights
 from tests.distributed import run_ranks
-from tests.hf import hf_model, read_json, write_checkpoint
-from tests.model.layouts import LAYOUTS, join, world
+from tests.hf import FAMILIES, hf_model, read_json, write_checkpoint
+from tests.model.layouts import LAYOUTS, MIXTURE_LAYOUTS, join, layouts_of, world
 
 
 def load(folder, layout, dtype=torch.float32, **how):
@@ -41,14 +41,14 @@ def round_trips(folder, layout, dtype=torch.float32):
     return run_ranks(_round_trip, world(layout), folder, layout, dtype)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen2_tied", "qwen3"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama_linear"])
 def test_export_returns_the_original_tensors_on_every_rank_of_every_layout(tmp_path, family):
-    dtype = torch.bfloat16 if family == "qwen3" else torch.float32
+    dtype = torch.bfloat16 if family in ("qwen3", "mixtral") else torch.float32
     folder = write_checkpoint(tmp_path, family, dtype=dtype)
     original = load_file(folder / "model.safetensors")
     order = list(manifest(architecture(folder)))
     assert sorted(order) == sorted(original)
-    for layout in LAYOUTS:
+    for layout in layouts_of(family):
         for _, exported in round_trips(folder, layout, dtype):
             assert [name for name, _ in exported] == order
             for name, tensor in exported:
@@ -73,11 +73,22 @@ def test_a_rank_reads_only_its_own_part(tmp_path, family):
         assert max(read) < 0.7 * sum(size.values()) or layout == (1, 1, False)
 
 
+def test_a_rank_reads_only_its_own_experts(tmp_path):
+    folder = write_checkpoint(tmp_path, "qwen3_moe")
+    tensors = load_file(folder / "model.safetensors")
+    experts = sum(t.nbytes for name, t in tensors.items() if ".experts." in name)
+    others = sum(t.nbytes for name, t in tensors.items() if ".experts." not in name)
+    read = [read for read, _ in round_trips(folder, MIXTURE_LAYOUTS["EP2"])]
+    assert read == [others + experts // 2] * 2
+
+
 def test_other_dtypes_are_converted_and_only_then(tmp_path):
-    folder = write_checkpoint(tmp_path, "qwen3")
+    folder = write_checkpoint(tmp_path, "deepseek_v3")
     original = load_file(folder / "model.safetensors")
     ((_, exported),) = round_trips(folder, LAYOUTS[0], torch.bfloat16)
-    assert all(torch.equal(tensor, original[name].bfloat16()) for name, tensor in exported)
+    for name, tensor in exported:
+        kept = name.endswith("e_score_correction_bias")
+        assert torch.equal(tensor, original[name] if kept else original[name].bfloat16())
 
 
 def _names(rank, config):
@@ -244,7 +255,17 @@ def _save(rank, folder, layout, target, source, limit):
         save_hf(model, source, folder / "config.json" / "below", parallel)
 
 
-@pytest.mark.parametrize(("family", "layout"), [("llama", LAYOUTS[4]), ("qwen2_tied", LAYOUTS[3])])
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("llama", LAYOUTS[4]),
+        ("qwen2_tied", LAYOUTS[3]),
+        ("gemma", LAYOUTS[0]),
+        ("mixtral", MIXTURE_LAYOUTS["EP2"]),
+        ("qwen3_moe", MIXTURE_LAYOUTS["TP2×EP2+SP"]),
+        ("deepseek_v3", LAYOUTS[2]),
+    ],
+)
 def test_a_saved_folder_loads_in_transformers(tmp_path, family, layout):
     folder = write_checkpoint(tmp_path / "source", family, dtype=torch.bfloat16)
     run_ranks(_save, world(layout), folder, layout, tmp_path / "saved", folder, 30_000)
