@@ -65,15 +65,22 @@ def of_tokens(
 
     (r − mean) / (deviation + 1e-6) over the supervised, drawn tokens of the responses to one
     prompt, in whatever microbatches they are (token_grpo); [N] each. μ is the engine that drew.
+    Collective over context-parallel ranks.
     """
     reward_M = torch.cat(
-        [q_N - b.rollout_logp_N for q_N, b in zip(teacher_logp, microbatches, strict=True)]
+        [
+            batch.gathered(q_N - batch.rollout_logp_N)
+            for q_N, batch in zip(teacher_logp, microbatches, strict=True)
+        ]
     )
-    counts_M = torch.cat([_counted(batch) for batch in microbatches])
-    group_M = torch.cat([_group(batch) for batch in microbatches])
+    counts_M = torch.cat([_counted(batch.whole) for batch in microbatches])
+    group_M = torch.cat([_group(batch.whole) for batch in microbatches])
     advantage_M = standardize(reward_M, group_M, counts_M, how=how) * counts_M
-    parts = advantage_M.float().split([len(batch.target_N) for batch in microbatches])
-    return [replace(b, advantage_N=a_N) for b, a_N in zip(microbatches, parts, strict=True)]
+    parts = advantage_M.float().split([len(batch.whole.target_N) for batch in microbatches])
+    return [
+        replace(batch, advantage_N=batch.own(a_N))
+        for batch, a_N in zip(microbatches, parts, strict=True)
+    ]
 
 
 def _counted(batch: Microbatch) -> Tensor:

@@ -42,6 +42,32 @@ class Student(Section):
     """Type of the weights in forward and backward; the optimizer's copy is always float32."""
 
 
+class Mesh(Section):
+    """How a copy of a frozen model is split over ranks; what is left over holds more copies."""
+
+    tp: Positive = 1
+    """Tensor-parallel size: ranks that share every layer."""
+    pp: Positive = 1
+    """Pipeline-parallel size: ranks that each hold a run of layers."""
+    vpp: Positive = 1
+    """Runs of layers on each pipeline stage: more of them wait less for each other; pp > 1."""
+    ep: Positive = 1
+    """Expert-parallel size: ranks that each hold some of the experts, across the replicas."""
+    etp: Positive | None = None
+    """Tensor-parallel size inside an expert; null: tp."""
+    sequence_parallel: bool = False
+    """Split norms and residuals over the tensor-parallel ranks along the tokens; needs tp > 1."""
+
+    @property
+    def told(self) -> str:
+        """Name the axes in a line; of those beyond tp and pp, the ones that are in use."""
+        used = [f"{axis} {size}" for axis, size in self._more_axes().items() if size > 1]
+        return " × ".join([f"tp {self.tp}", f"pp {self.pp}", *used])
+
+    def _more_axes(self) -> dict[str, int]:
+        return {"vpp": self.vpp, "ep": self.ep, "etp": self.etp or 1}
+
+
 class Frozen(Section):
     """A model that is asked and never trained."""
 
@@ -53,6 +79,8 @@ class Frozen(Section):
     """Keep the weights in host memory between uses; needs a GPU."""
     allow_tokenizer_mismatch: bool = False
     """Go on although some token ids mean different tokens to student and this model."""
+    parallel: Mesh | None = None
+    """Its own tp, pp, vpp, ep, etp and sequence_parallel on the same ranks; null: the student's."""
 
 
 class Teacher(Frozen):
@@ -89,25 +117,16 @@ class Base(Frozen):
     """What the teacher once was: the model that objective.extrapolation starts from."""
 
 
-class Parallel(Section):
+class Parallel(Mesh):
     """How one model copy is split over ranks; what is left over is data parallel."""
 
-    tp: Positive = 1
-    """Tensor-parallel size: ranks that share every layer."""
-    pp: Positive = 1
-    """Pipeline-parallel size: ranks that each hold a run of layers."""
-    vpp: Positive = 1
-    """Runs of layers on every pipeline stage: more of them wait less for each other; needs pp > 1."""
     cp: Positive = 1
     """Context-parallel size: ranks that each hold a part of every sequence."""
-    ep: Positive = 1
-    """Expert-parallel size: ranks that each hold some of the experts, across the replicas."""
-    etp: Positive | None = None
-    """Tensor-parallel size inside an expert; null: tp."""
-    sequence_parallel: bool = False
-    """Split norms and residuals over the tensor-parallel ranks along the tokens; needs tp > 1."""
     timeout_minutes: Positive = 30
     """Minutes after which a collective that some rank never joined is an error."""
+
+    def _more_axes(self) -> dict[str, int]:
+        return {"cp": self.cp, **super()._more_axes()}
 
 
 class Data(Section):
@@ -425,6 +444,8 @@ class Config(Section):
     run: Run = Run()
     megatron: dict[str, Any] = {}
     """Fields of Megatron-Core's TransformerConfig, passed on to the student's network."""
+    ddp: dict[str, Any] = {}
+    """Fields of its DistributedDataParallelConfig: {overlap_grad_reduce: true, bucket_size: N}."""
     vllm: dict[str, Any] = {}
     """Fields of vLLM's EngineArgs, passed on to the engine of rollout.engine=vllm."""
 
@@ -500,7 +521,7 @@ def differences(one: Config, other: Config) -> Iterable[str]:
         if section == "run":
             continue
         for key in kind.model_fields:
-            if key in sections():
+            if not section and key in sections():
                 continue
             values = [getattr(x, key, None) for x in (mine, theirs)]
             if values[0] != values[1]:

@@ -6,7 +6,15 @@ What excludes what within the objective, `loss.Objective` says.
 import re
 from collections.abc import Iterable
 
-from megatron_opd.config import Config, Objective, Teacher, key_of_teacher, losses, sections
+from megatron_opd.config import (
+    Config,
+    Mesh,
+    Objective,
+    Teacher,
+    key_of_teacher,
+    losses,
+    sections,
+)
 
 Rules = Iterable[tuple[bool, str]]  # is it so, and what to tell the user
 Idle = Iterable[tuple[bool, tuple[str, ...]]]  # is it so, and the options without effect
@@ -31,6 +39,7 @@ def contradictions(c: Config) -> Rules:
         "replay, which takes every response from the dataset",
     )
     yield from _about_data(c)
+    yield from _about_meshes(c)
     yield from _about_servers(c)
     yield from _about_teachers(c)
     yield (
@@ -79,6 +88,22 @@ def _about_data(c: Config) -> Rules:
         f"data.schedule: got '{schedule}', whose copies of a prompt differ in their samples, but "
         "rollout.engine=replay has one response for all; set all or fixed",
     )
+
+
+def _about_meshes(c: Config) -> Rules:
+    for key, mesh in {"parallel": c.parallel, **_own_meshes(c)}.items():
+        yield (
+            mesh.vpp > 1 and mesh.pp == 1,
+            f"{key}.vpp: got {mesh.vpp}, expected 1 with {key}.pp=1: virtual stages are shares of "
+            "a pipeline's stage",
+        )
+
+
+def _own_meshes(c: Config) -> dict[str, Mesh]:
+    """Return the meshes that judges have of their own, by their keys."""
+    judges = {key_of_teacher(name): teacher.parallel for name, teacher in c.judging.items()}
+    judges |= {"base": c.base.parallel} if c.base else {}
+    return {f"{key}.parallel": mesh for key, mesh in judges.items() if mesh is not None}
 
 
 def _about_servers(c: Config) -> Rules:
@@ -143,6 +168,11 @@ def _about_teacher(c: Config, key: str, teacher: Teacher) -> Rules:
         live and teacher.offload,
         f"{key}.offload: got true, expected false with weights=live: the student stays",
     )
+    yield (
+        copies and teacher.parallel is not None,
+        f"{key}.parallel: set, but with weights={teacher.weights} the teacher is split as the "
+        f"student is; set {key}.parallel=null",
+    )
     if served:
         yield from _about_served_teacher(c, key, teacher)
 
@@ -161,6 +191,10 @@ def _about_served_teacher(c: Config, key: str, teacher: Teacher) -> Rules:
             f"{key}.kind=server: a server scores a prompt at temperature 1",
         )
     yield teacher.offload, f"{key}.offload: got true, but the server keeps its own memory"
+    yield (
+        teacher.parallel is not None,
+        f"{key}.parallel: set, but kind=server is split as it was started; set {key}.parallel=null",
+    )
 
 
 def cautions(c: Config) -> list[str]:
@@ -202,6 +236,11 @@ def cautions(c: Config) -> list[str]:
         for name, teacher in c.judging.items()
         for without_effect, names in _idle_in_teacher(c, teacher)
         if without_effect
+    ]
+    found += [
+        (key, Mesh.model_fields, mesh, ("sequence_parallel",))
+        for key, mesh in _own_meshes(c).items()
+        if mesh.tp == 1
     ]
     lines = [
         f"{where}.{name}: has no effect in this config".lstrip(".")

@@ -7,17 +7,15 @@ wherever it was packed and whichever replica holds it.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
@@ -26,7 +24,9 @@ from megatron_opd import config as cfg
 from megatron_opd.loss import Objective, Total
 from megatron_opd.metrics import Metrics
 from megatron_opd.model import Stage, enter_head
+from megatron_opd.model.ddp import ddp_config
 from megatron_opd.model.pipeline import run_schedule
+from megatron_opd.model.router import set_auxiliary_weight
 from megatron_opd.offload import UpdateMemory
 from megatron_opd.parallel import Parallel
 from megatron_opd.types import Head, Microbatch, Scores
@@ -75,29 +75,46 @@ class Student:
         head = self.model.head(self.vocab_size)
         return replace(head, gradient_VH=head.weight_VH.main_grad)
 
+    def hand_over_head(self) -> None:
+        """Say that the head's gradient is complete, to whom the others' hooks in autograd say it.
+
+        With one stage and tied embeddings, the embedding's hook does.
+        """
+        if not self.ddp[-1].ddp_config.overlap_grad_reduce or not self.parallel.is_last_stage:
+            return
+        if self.parallel.pp > 1 or not self.model.architecture.tied:
+            weight = self.model.head(self.vocab_size).weight_VH
+            self.ddp[-1].param_to_bucket_group[weight].register_grad_ready(weight)
+
 
 def make_student(
-    model: Stage, parallel: Parallel, optimizer: cfg.Optimizer, *, steps: int, vocab_size: int
+    model: Stage,
+    parallel: Parallel,
+    optimizer: cfg.Optimizer,
+    *,
+    steps: int,
+    vocab_size: int,
+    ddp: Mapping[str, Any] | None = None,
 ) -> Student:
-    """Give `model` gradient buffers in fp32, AdamW on fp32 main parameters, and a schedule."""
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=optimizer.distributed,
-    )
-    ddp = [DistributedDataParallel(model.config, ddp_config, chunk) for chunk in model.chunks]
-    adamw = get_megatron_optimizer(_optimizer_config(optimizer, model.config.params_dtype), ddp)
+    """Give `model` gradient buffers in fp32, AdamW on fp32 main parameters, and a schedule.
+
+    `ddp` sets fields of `DistributedDataParallelConfig`: see `ddp_config`.
+    """
+    how = ddp_config(ddp or {}, distributed=optimizer.distributed)
+    chunks = [DistributedDataParallel(model.config, how, chunk) for chunk in model.chunks]
+    adamw = get_megatron_optimizer(_optimizer_config(optimizer, model.config.params_dtype), chunks)
     assert float(adamw.get_loss_scale()) == 1.0, "the head's gradient would be without it"
     model.config.grad_scale_func = adamw.scale_loss
-    no_sync = [chunk.no_sync for chunk in ddp]
-    model.config.no_sync_func = no_sync if len(ddp) > 1 else no_sync[0]
+    no_sync = [chunk.no_sync for chunk in chunks]
+    model.config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
     return Student(
         model=model,
-        ddp=ddp,
+        ddp=chunks,
         optimizer=adamw,
         scheduler=_scheduler(adamw, optimizer, steps),
         parallel=parallel,
         vocab_size=vocab_size,
-        away=UpdateMemory(ddp, adamw, parallel.device) if optimizer.offload else None,
+        away=UpdateMemory(chunks, adamw, parallel.device) if optimizer.offload else None,
     )
 
 
@@ -169,9 +186,11 @@ def train_step(
         return judged.loss, judged.count, None
 
     def finalize(chunks: list, count: Tensor, **how):
+        student.hand_over_head()
         finalize_model_grads(chunks, count, **how)
         counts.append(count)  # by now the sum over all ranks
 
+    _weigh_routers(student, microbatches, objective)
     model.config.finalize_model_grads_func = finalize
     run_schedule(student.ddp, microbatches, loss, forward_only=False)
     student.scheduler.step(1)
@@ -190,6 +209,20 @@ def train_step(
     metrics.set("optim/grad_norm", float(grad_norm))
     metrics.set("optim/lr", student.optimizer.param_groups[0]["lr"])
     return metrics
+
+
+def _weigh_routers(
+    student: Student, microbatches: Sequence[Microbatch], objective: Objective | Total
+) -> None:
+    """Let the routers' auxiliary losses, if any, be means over the tokens of the whole step."""
+    config = student.model.config
+    if not config.num_moe_experts or not (config.moe_aux_loss_coeff or config.moe_z_loss_coeff):
+        return
+    counted = sum(int(objective.count(batch)) for batch in microbatches)
+    routed = sum(batch.token_T.numel() for batch in microbatches)
+    both = torch.tensor([counted, routed], dtype=torch.float64, device=student.parallel.device)
+    dist.all_reduce(both, group=mpu.get_data_parallel_group(with_context_parallel=True))
+    set_auxiliary_weight(student.model, float(both[0] / both[1]))
 
 
 def _stand_still(student: Student) -> None:

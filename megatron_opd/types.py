@@ -5,11 +5,12 @@ tokens) of a microbatch · H hidden size · K support size · V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -62,6 +63,9 @@ class Microbatch:
     `source_N[i]` is the packed position whose hidden state predicts `target_N[i]`; every response
     token of every sequence appears exactly once among the targets.
     Sequences are numbered from 0, in the order of their targets.
+
+    Under context parallelism this is one rank's part: T and N count its tokens, `source_N` points
+    among them; `cu_seqlens`, `max_seqlen` and the numbers of sequences are those of the whole.
     """
 
     token_T: Tensor  # [T] int64
@@ -84,6 +88,7 @@ class Microbatch:
     context: "Microbatch | None" = None
     """The same responses in the same order after the prompts that the teacher reads: equal but in
     what comes before each response. None: the teacher reads what the student reads."""
+    part: "Part | None" = None  # what it is a part of; None: it is whole
 
     def to(self, device: torch.device) -> "Microbatch":
         """Return the same microbatch with every tensor but `measured_M` on `device`."""
@@ -95,11 +100,45 @@ class Microbatch:
         }
         if self.context is not None:
             moved["context"] = self.context.to(device)
+        if self.part is not None:
+            whole, index_N = self.part.whole.to(device), self.part.index_N.to(device)
+            moved["part"] = replace(self.part, whole=whole, index_N=index_N)
         return Microbatch(**moved)
 
     def as_judged(self) -> "Microbatch":
         """Return what the teacher reads: position by position the same targets."""
         return self.context or self
+
+    @property
+    def whole(self) -> "Microbatch":
+        """Return the microbatch that this is a part of, or all of."""
+        return self if self.part is None else self.part.whole
+
+    def gathered(self, x_N: Tensor) -> Tensor:
+        """Return what is known of each rank's targets for those of the whole, in its order.
+
+        Collective over the ranks that have its parts; they have the same dtype.
+        """
+        if self.part is None:
+            return x_N
+        whole_N = x_N.new_zeros(len(self.whole.target_N), *x_N.shape[1:])
+        whole_N[self.part.index_N] = x_N
+        dist.all_reduce(whole_N, group=self.part.group)
+        return whole_N
+
+    def own(self, x_N: Tensor) -> Tensor:
+        """Return what is known of the whole's targets for those that are here."""
+        return x_N if self.part is None else x_N[self.part.index_N]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which of a microbatch's targets one of several ranks has."""
+
+    whole: Microbatch
+    index_N: Tensor  # [N] int64, ascending: places among the targets of the whole
+    group: Any  # of the ranks that have its parts
+    leads: bool  # says for all of them what is to be counted once
 
 
 @dataclass(frozen=True)

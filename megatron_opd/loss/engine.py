@@ -3,7 +3,7 @@
 Shape suffixes: N supervised tokens · M measured ones · C tokens of a chunk.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -16,7 +16,12 @@ from megatron_opd.loss.dynamics import Tally
 from megatron_opd.loss.fused import HeadGradient
 from megatron_opd.loss.shard import SPARSE_TOKENS, Projector, Ranks, chunk_tokens, wide
 from megatron_opd.loss.view import View
-from megatron_opd.loss.weights import Weight, per_sequence_sum, reward_to_go
+from megatron_opd.loss.weights import (
+    FROM_THE_MODELS,
+    Weight,
+    per_sequence_sum,
+    reward_to_go,
+)
 from megatron_opd.types import Head, HiddenScores, Microbatch, SampledScores, Scores, TopKScores
 
 if TYPE_CHECKING:
@@ -30,6 +35,18 @@ class Loss(NamedTuple):
     count: Tensor  # int: tokens or sequences, by which the step divides the sum of losses
     means: dict[str, tuple[Tensor, Tensor]]  # metric → total and count, detached
     maxima: dict[str, Tensor]
+
+
+def divisor(batch: Microbatch, aggregation: str) -> Tensor:
+    """Return what divides the sum over a step: supervised tokens, or sequences that have one."""
+    if aggregation == "token-mean":
+        return batch.mask_N.sum().int()
+    mask_N = batch.whole.mask_N
+    length_N = per_sequence_sum(mask_N, batch.whole.sequence_N).clamp(min=1)
+    count = (mask_N / length_N).sum().round().int()
+    if batch.part is not None and not batch.part.leads:
+        return torch.zeros_like(count)  # another part's rank counts them
+    return count
 
 
 class Pass:
@@ -65,7 +82,7 @@ class Pass:
     def _judge(self) -> tuple[Tensor, Tensor]:
         """Return Σ a·w·D and the count that goes with it; gradients and metrics add up in self."""
         factor_N, count = self._aggregate()
-        if not len(factor_N):
+        if not len(self.batch.whole.target_N):
             return factor_N.sum(), count
         cost_N, total = self._costs_of_responses(), factor_N.new_zeros(())
         for weight in self.o.token_weights:
@@ -105,47 +122,58 @@ class Pass:
         """Return a_t of every token (0 where it is not supervised), and what divides the sum."""
         mask_N, o = self.batch.mask_N.to(self.dtype), self.o
         scale = o.student_temperature * o.teacher_temperature if o.temperature_squared else 1.0
+        count = divisor(self.batch, o.aggregation)
         if o.aggregation == "token-mean":
-            return mask_N * scale, mask_N.sum().int()
-        length_N = per_sequence_sum(mask_N, self.batch.sequence_N)
-        share_N = mask_N / length_N.clamp(min=1)
-        count = share_N.sum().round().int()  # sequences with a supervised token
+            return mask_N * scale, count
+        whole_N = self.batch.whole.mask_N.to(self.dtype)
+        length_N = per_sequence_sum(whole_N, self.batch.whole.sequence_N).clamp(min=1)
         if o.aggregation == "seq-mean-token-mean":
-            return share_N * scale, count
+            return mask_N / self.batch.own(length_N) * scale, count
         return mask_N * (scale / (o.fixed_length or 1)), count
 
     def _over_microbatch(self, weight: Weight) -> Tensor:
-        """Call a weight of whole responses with what it wants, gathered chunk by chunk."""
-        parts = [
-            [getattr(view, name) for name in weight.wants]
-            for view in (self._view(rows) for rows in self._chunks())
-        ]
-        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-        return weight.of(**dict(zip(weight.wants, columns, strict=True))).to(self.dtype)
+        """Call a weight of whole responses with what it wants, gathered from chunks and ranks."""
+        known, asked = self._view(slice(None)), [n for n in weight.wants if n in FROM_THE_MODELS]
+        values = {n: getattr(known, n) for n in weight.wants if n not in asked}
+        if asked:
+            seen_NA = self._of_chunks(
+                lambda view: torch.stack([getattr(view, n).to(self.dtype) for n in asked], -1),
+                len(asked),
+            )
+            values |= dict(zip(asked, seen_NA.unbind(-1), strict=True))
+        whole = {name: self.batch.gathered(x_N) for name, x_N in values.items()}
+        return self.batch.own(weight.of(**whole)).to(self.dtype)
+
+    def _of_chunks(self, of: Callable[[View], Tensor], columns: int) -> Tensor:
+        """Return what is said of each token, [N, columns]; a part may have none."""
+        none = self.hidden_NH.new_zeros(0, columns, dtype=self.dtype)
+        return torch.cat([none, *(of(self._view(rows)) for rows in self._chunks())])
 
     def _costs_of_responses(self) -> Tensor | None:
         """Return the costs of all tokens where one depends on others of its response, [N]."""
-        o, pg = self.o, self.o.policy_gradient
+        o, pg, whole = self.o, self.o.policy_gradient, self.batch.whole
         grouped = o.group_normalize != "none"
         if pg is None or not (o.discount or o.baseline == "mean" or grouped):
             return None
-        sequence_N, mask_N = self.batch.sequence_N, self.batch.mask_N.to(self.dtype)
+        sequence_N, mask_N = whole.sequence_N, whole.mask_N.to(self.dtype)
         if grouped:
             assert self.batch.advantage_N is not None
-            cost_N = -self.batch.advantage_N.to(self.dtype) * mask_N
+            cost_N = -self.batch.advantage_N.to(self.dtype)
         else:
-            cost_N = mask_N * torch.cat([self._costs(pg, rows) for rows in self._chunks()])
+            cost_N = self._of_chunks(lambda view: self._costs(pg, view), 1)[:, 0]
+        cost_N = mask_N * self.batch.gathered(cost_N)
         if o.discount:
             cost_N = reward_to_go(cost_N, sequence_N, o.discount)
         if o.baseline == "mean":
             length_N = per_sequence_sum(mask_N, sequence_N).clamp(min=1)
             cost_N = cost_N - per_sequence_sum(cost_N * mask_N, sequence_N) / length_N
-        return cost_N
+        return self.batch.own(cost_N)
 
-    def _costs(self, pg: PolicyGradient, rows: slice) -> Tensor:
-        """Return what each drawn token of a chunk costs by itself."""
-        seen, *_ = self.comparison.sampled(self._view(rows), rows)
-        return pg.costs(*seen[:2])[:, 0]
+    def _costs(self, pg: PolicyGradient, view: View) -> Tensor:
+        """Return what each drawn token of a chunk costs by itself, [C, 1]."""
+        assert isinstance(view.rows, slice)
+        seen, *_ = self.comparison.sampled(view, view.rows)
+        return pg.costs(*seen[:2])[:, :1]
 
     # Chunks and what is looked at
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_opd.loss import divergences, fits, names, rules, supports
 from megatron_opd.loss.candidates import Clip, PolicyGradient
-from megatron_opd.loss.engine import Loss, Pass
+from megatron_opd.loss.engine import Loss, Pass, divisor
 from megatron_opd.loss.weights import CORRECTIONS, FROM_THE_TEACHER, WEIGHTS, Weight, bind
 from megatron_opd.types import Head, Microbatch, Scores
 
@@ -103,6 +103,10 @@ class Objective:
             if wrong:
                 raise ValueError(self.told(line))
         return Pass(self, hidden_NH, head, batch, teacher, base).run()
+
+    def count(self, batch: Microbatch) -> Tensor:
+        """Return `Loss.count` of a microbatch, without judging it."""
+        return divisor(batch, self.aggregation)
 
     def told(self, line: str) -> str:
         """Return a line about the objective section as one about this one."""

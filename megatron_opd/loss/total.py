@@ -63,6 +63,10 @@ class Total:
             means["loss/total"] = total.detach().clone(), count
         return Loss(total, count, means, maxima)
 
+    def count(self, batch: Microbatch) -> Tensor:
+        """Return `Loss.count` of a microbatch, without judging it."""
+        return self.terms[0].count(batch)
+
     @property
     def lead(self) -> Objective:
         """Return the term whose k and temperatures count where a step has only one."""

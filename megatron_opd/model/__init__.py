@@ -18,6 +18,7 @@ from megatron_opd.model.weights import (  # noqa: E402
     check_files,
     export_hf,
     init_random,
+    load_head,
     load_hf,
     save_hf,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "export_hf",
     "forward",
     "init_random",
+    "load_head",
     "load_hf",
     "padded_vocab",
     "read_config",

@@ -42,7 +42,15 @@ def build_model(
         ValueError: the configuration is not supported, or does not divide over the ranks.
     """
     arch = hf_config.architecture(hf)
-    hf_config.check_layout(hf, parallel.tp, parallel.pp)
+    hf_config.check_layout(
+        hf,
+        parallel.tp,
+        parallel.pp,
+        vpp=parallel.vpp,
+        ep=parallel.ep,
+        etp=parallel.etp,
+        sequence_parallel=parallel.sequence_parallel or not trainable,
+    )
     config = transformer_config(
         arch,
         megatron or {},
@@ -51,8 +59,8 @@ def build_model(
         pp=parallel.pp,
         vpp=parallel.vpp,
         cp=parallel.cp,
-        ep=parallel.ep,
-        etp=parallel.etp,
+        ep=parallel.ep if arch.experts else 1,
+        etp=parallel.etp if arch.experts else None,
         sequence_parallel=parallel.sequence_parallel,
     )
     if (
@@ -68,6 +76,8 @@ def build_model(
         )
     rows = padded_vocab or hf_config.padded_vocab(arch.vocab_rows, parallel.tp)
     model = Stage([_chunk(arch, config, parallel, chunk, rows) for chunk in range(parallel.vpp)])
+    if parallel.etp != parallel.tp:
+        _reduce_as_experts(model)
     model.to(parallel.device)
     if seed is not None:
         init_random(model, seed=seed)
@@ -91,6 +101,21 @@ def _chunk(
         vp_stage=virtual,
     )
     model.architecture = arch
-    # a plain attribute, so no cast of the module reaches it: it stays fp32
-    model.rotary_pos_emb.inv_freq = arch.inv_freq().to(parallel.device)
+    if arch.scaled_embeddings and model.pre_process:
+        scale = torch.tensor(arch.hidden**0.5, dtype=config.params_dtype).item()
+        model.embedding.register_forward_hook(lambda module, given, embedded: embedded * scale)
+    if arch.latent is None:  # else every layer has its own
+        # a plain attribute, so no cast of the module reaches it: it stays fp32
+        model.rotary_pos_emb.inv_freq = arch.inv_freq().to(parallel.device)
     return model
+
+
+def _reduce_as_experts(model: Stage) -> None:
+    """Let the gradients of experts be summed over the ranks that have the same ones.
+
+    Megatron marks them so with ep > 1 alone; with etp < tp those are not the data-parallel ranks
+    either.
+    """
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False

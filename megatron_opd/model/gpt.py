@@ -10,10 +10,10 @@ from typing import Any, cast
 
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor, nn
 
+from megatron_opd.model.attention import packed
 from megatron_opd.model.config import Architecture
 from megatron_opd.parallel import Parallel
 from megatron_opd.types import Head, Microbatch
@@ -82,18 +82,14 @@ def forward(model: Any, microbatch: Microbatch) -> Tensor:
     # The portable layers read the boundaries on the host, each of them: one copy here instead.
     on_host = config.transformer_impl == "local"
     bounds = microbatch.cu_seqlens.cpu() if on_host else microbatch.cu_seqlens
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        max_seqlen_q=microbatch.max_seqlen,
-        max_seqlen_kv=microbatch.max_seqlen,
+    packed_seq_params = packed(
+        bounds, microbatch.max_seqlen, config.context_parallel_size, microbatch.token_T.device
     )
     return model(
         input_ids=microbatch.token_T[None],
         position_ids=microbatch.position_T[None],
         attention_mask=None,
-        packed_seq_params=packed,
+        packed_seq_params=packed_seq_params,
     )
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opd import build, platform
-from megatron_opd.config import Config, Frozen, key_of_teacher, losses
+from megatron_opd.config import Config, Frozen, Mesh, key_of_teacher, losses
 from megatron_opd.model import architecture, read_config
 from megatron_opd.model import check_layout as check_network_layout
+from megatron_opd.model.ddp import ddp_config
 from megatron_opd.model.transformer import transformer_config
 from megatron_opd.rollout import vllm_options
 from megatron_opd.types import Prompt
@@ -31,6 +32,14 @@ def networks(config: Config) -> dict[str, str]:
     """Return the directories of the models that are built on our ranks and have their own."""
     served = {key_of_teacher(n) for n, t in config.judging.items() if t.kind == "server"}
     return {name: path for name, path in models(config).items() if name not in served}
+
+
+def axes_of(config: Config, name: str) -> tuple[str, Mesh]:
+    """Return how a model is split over the ranks, and the key of the section that says so."""
+    section = frozen(config).get(name)
+    if section is None or section.parallel is None:
+        return "parallel", config.parallel
+    return f"{name}.parallel", section.parallel
 
 
 def check_model_folder(name: str, path: Path) -> None:
@@ -74,9 +83,19 @@ def weights(config: Config) -> Iterator[str]:
 
 def check_networks(config: Config) -> None:
     """Check that all networks are supported, divide over the ranks, and reach far enough."""
-    tp, pp = config.parallel.tp, config.parallel.pp
-    for path in networks(config).values():
-        check_network_layout(path, tp, pp)
+    for name, path in networks(config).items():
+        key, axes = axes_of(config, name)
+        check_network_layout(
+            path,
+            axes.tp,
+            axes.pp,
+            vpp=axes.vpp,
+            ep=axes.ep,
+            etp=axes.etp,
+            sequence_parallel=axes.sequence_parallel or name != "student",
+            key=key,
+        )
+    _check_experts(config)
     prompt = {"data.max_prompt_tokens": config.data.max_prompt_tokens}
     response = {"rollout.max_tokens": config.rollout.max_tokens}
     _check_positions("student", config.student.path, prompt | response)
@@ -88,14 +107,34 @@ def check_networks(config: Config) -> None:
     if config.eval.prompts and config.eval.max_tokens:  # only the student sees those
         longest = {"eval.max_tokens": config.eval.max_tokens}
         _check_positions("student", config.student.path, prompt | longest)
+    axes = config.parallel
     transformer_config(
         architecture(config.student.path),
         build.megatron_fields(config),
         dtype=build.DTYPES[config.student.dtype],
-        tp=tp,
-        pp=pp,
-        sequence_parallel=config.parallel.sequence_parallel and tp > 1,
+        tp=axes.tp,
+        pp=axes.pp,
+        vpp=axes.vpp,
+        cp=axes.cp,
+        ep=axes.ep,
+        etp=axes.etp,
+        sequence_parallel=axes.sequence_parallel and axes.tp > 1,
     )
+    ddp_config(config.ddp, distributed=config.optimizer.distributed)
+
+
+def _check_experts(config: Config) -> None:
+    """Refuse axes of experts on a mesh where no model has any."""
+    axes, found = config.parallel, False
+    for name, path in networks(config).items():
+        key, _ = axes_of(config, name)
+        found |= key == "parallel" and architecture(path).experts is not None
+    for name, size in (("ep", axes.ep > 1), ("etp", axes.etp is not None)):
+        if size and not found:
+            raise ValueError(
+                f"parallel.{name}: got {getattr(axes, name)}, but no model on this mesh has "
+                "experts; leave it out"
+            )
 
 
 def _check_positions(name: str, path: str, tokens: dict[str, int]) -> None:

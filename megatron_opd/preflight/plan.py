@@ -15,6 +15,7 @@ from megatron_opd.model import check_files
 from megatron_opd.parallel import check_layout
 from megatron_opd.preflight.losses import check_objective, without_comparison
 from megatron_opd.preflight.models import (
+    axes_of,
     check_model_folder,
     check_networks,
     check_spaces,
@@ -59,7 +60,7 @@ class Plan:
 
     @property
     def sequences_per_replica(self) -> int:
-        """Sequences of one step on one replica."""
+        """Sequences of one step on one replica; of unlike lengths, some have more and some less."""
         return self.config.train.prompts_per_step // self.dp * self.config.rollout.n
 
     @property
@@ -75,7 +76,9 @@ class Plan:
         fit = self.config.train.microbatch_tokens // longest
         unfilled = max(len(self.config.teachers) - 1, 0)  # each has a last one of its own
         sequences = self.sequences_per_replica
-        return min(math.ceil(sequences / fit) + unfilled, sequences)
+        needed = min(math.ceil(sequences / fit) + unfilled, sequences)
+        step = self.config.parallel.pp if self.config.parallel.vpp > 1 else 1
+        return math.ceil(needed / step) * step
 
     @property
     def _longest(self) -> int:
@@ -131,7 +134,7 @@ def preflight(config: Config, world: int, *, dry_run: bool = False, writes: bool
     return Plan(
         config=config,
         world=world,
-        dp=check_layout(world, config.parallel.tp, config.parallel.pp),
+        dp=_replicas(config, world),
         steps=steps,
         tokenizer=tokenizer,
         vocab_size=vocab_size(tokenizer),
@@ -150,7 +153,7 @@ def check_writer(config: Config, world: int) -> tuple[Any, int, tuple[int, ...]]
     """
     check_model_folder("student", Path(config.student.path))
     _stop_at(_obstacles(config), [], dry_run=False)
-    check_layout(world, config.parallel.tp, config.parallel.pp)
+    _replicas(config, world)
     check_networks(config)
     check_vllm(config)
     tokenizer = check_tokenizers(config, lambda line: None)  # there is one: nothing differs
@@ -191,7 +194,8 @@ def _obstacles(config: Config) -> Iterator[str]:
             yield f"{name}.path: '{path}' has no *.safetensors weights"
     if config.rollout.engine == "vllm" and not vllm_options.installed():
         yield f"rollout.engine: got 'vllm', which is not installed; {vllm_options.INSTALL}"
-    for name, section in frozen(config).items():
+    sections = {"optimizer": config.optimizer, **frozen(config)}
+    for name, section in sections.items():
         if section.offload and platform.device().type == "cpu":
             yield f"{name}.offload: needs a GPU, and there is none; set {name}.offload=false"
 
@@ -216,17 +220,26 @@ def _unreachable(config: Config, size: int) -> Iterator[str]:
         yield str(problem)
 
 
+def _replicas(config: Config, world: int) -> int:
+    axes = config.parallel
+    return check_layout(world, axes.tp, axes.pp, cp=axes.cp, ep=axes.ep, etp=axes.etp)
+
+
 def _check_ranks(config: Config, world: int) -> None:
-    dp = check_layout(world, config.parallel.tp, config.parallel.pp)
+    dp = _replicas(config, world)
     if config.train.prompts_per_step % dp:
         raise ValueError(
             f"train.prompts_per_step: got {config.train.prompts_per_step}, expected a multiple of "
             f"{dp}, the data-parallel replicas of {world} ranks"
         )
+    for name, section in frozen(config).items():
+        if section.parallel is not None:
+            key, own = axes_of(config, name)
+            check_layout(world, own.tp, own.pp, ep=own.ep, etp=own.etp, key=key)
 
 
-def render(plan: Plan) -> str:
-    """Return the plan as the table that `--dry-run` prints."""
+def render(plan: Plan, device: str = "cuda") -> str:
+    """Return the plan as the table that `--dry-run` prints, with the memory on a CPU or a GPU."""
     config, parallel = plan.config, plan.config.parallel
     objective = build.build_objective(config)
     judges = build.judges(config, objective)
@@ -238,20 +251,32 @@ def render(plan: Plan) -> str:
     lines += [
         f"data      {len(plan.prompts):,} prompts, the longest {plan.longest_prompt:,} tokens"
         + held_out,
-        f"ranks     {plan.world} = tp {parallel.tp} × pp {parallel.pp} × dp {plan.dp}",
+        f"ranks     {plan.world} = {parallel.told} × dp {plan.dp}",
+        *_own_meshes(plan),
         f"run       {plan.steps:,} steps of {config.train.prompts_per_step:,} prompts × "
         f"{config.rollout.n} responses, in {config.run.dir}",
-        f"step      at most {plan.tokens_per_step:,} tokens; a replica has "
-        f"{plan.sequences_per_replica:,} sequences in at most {plan.microbatches:,} microbatches",
+        f"step      at most {plan.tokens_per_step:,} tokens: on a replica about "
+        f"{plan.sequences_per_replica:,} sequences in {plan.microbatches:,} microbatches",
         "",
-        *_memory_table(memory.estimate(config, objective, judges, plan.dp)),
+        *_memory_table(memory.estimate(config, objective, judges, plan.dp, device=device), device),
     ]
     return "\n".join(lines + [f"warning: {line}" for line in plan.warnings])
 
 
-def _memory_table(phases: memory.Memory) -> list[str]:
-    lines = ["memory of the fullest rank, estimated          GiB"]
+def _own_meshes(plan: Plan) -> Iterator[str]:
+    """Yield a line for every judge that is split otherwise than the student."""
+    for name in frozen(plan.config):
+        key, own = axes_of(plan.config, name)
+        if own is not plan.config.parallel:
+            copies = plan.world // (own.tp * own.pp)
+            yield f"          {key}: {own.told} × {copies} copies"
+
+
+def _memory_table(phases: memory.Memory, device: str) -> list[str]:
+    peak, where = memory.peak(phases), {"cpu": "a CPU", "cuda": "a GPU"}[device]
+    unit, size = ("GiB", 2**30) if peak >= 2**29 else ("MiB", 2**20)
+    lines = [f"{f'memory of the fullest rank on {where}, estimated':<46} {unit}"]
     for phase, parts in phases.items():
-        for what, size in parts.items():
-            lines.append(f"  {phase:<8}  {what:<30} {size / 2**30:8.2f}")
-    return [*lines, f"  {'peak':<40}  {memory.peak(phases) / 2**30:8.2f}"]
+        for what, need in parts.items():
+            lines.append(f"  {phase:<8}  {what:<30} {need / size:8.2f}")
+    return [*lines, f"  {'peak':<40}  {peak / size:8.2f}"]
