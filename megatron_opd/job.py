@@ -6,20 +6,19 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opd import ahead, build, checkpoint, schedule
+from megatron_opd import ahead, build, checkpoint, cost, schedule
 from megatron_opd import config as cfg
 from megatron_opd.advantage import of_tokens, summary, with_advantages
 from megatron_opd.ahead import Ahead, key
+from megatron_opd.balance import rounds, share_out
 from megatron_opd.clock import Clock
-from megatron_opd.evaluation import evaluate
+from megatron_opd.evaluation import evaluate, texts
 from megatron_opd.loss import Objective, Total
 from megatron_opd.metrics import Metrics, RunLog, console_line
 from megatron_opd.model import save_hf
-from megatron_opd.packing import needed_microbatches, pack
+from megatron_opd.packing import pack
 from megatron_opd.parallel import Parallel
 from megatron_opd.preflight import preflight
 from megatron_opd.reward import scored
@@ -27,9 +26,10 @@ from megatron_opd.rollout import request_seed
 from megatron_opd.rollout.mixed import MixedEngine
 from megatron_opd.rollout.vllm_server import ServerEngine
 from megatron_opd.step import Judgement
-from megatron_opd.stream import PromptStream, numbered
+from megatron_opd.stream import numbered
 from megatron_opd.types import Microbatch, Rollout, SampledScores, Scores
 from megatron_opd.watch import Watch
+from megatron_opd.zigzag import part_of
 
 log = logging.getLogger("megatron_opd")
 
@@ -43,19 +43,16 @@ class Job:
         plan = parallel.owner(lambda: preflight(config, parallel.world))
         self.steps, self.held_out, self.tokenizer = plan.steps, plan.held_out, plan.tokenizer
         self.warnings = plan.warnings
-        self.stream = PromptStream(
-            plan.sources,
-            config.seed,
-            shuffle=config.data.shuffle,
-            weights=config.data.weights,
-            schedule=config.data.schedule,
-        )
+        self.stream = build.build_stream(config, plan.sources)
         self.run_log: RunLog | None = None
         self.ahead: Ahead | None = None  # the responses of the next step
         self.staleness = 0  # updates that the student is ahead of the weights that wrote a step
         size = plan.vocab_size
         self.student = build.build_student(config, parallel, vocab_size=size, steps=self.steps)
         self.objective = build.build_objective(config)
+        judges = build.judges(config, self.objective)
+        self.cost = cost.of_rollouts(config, self.objective, judges)
+        self.balance = 1.0  # mean over highest cost of the replicas' shares of a step
         self.watch = Watch(vocab_size=size, k=self.objective.k)
         self.judges = build.build_judges(config, self.objective, self.student)
         self.engine, self.eval_engine = build.build_engines(config, self.student, self.tokenizer)
@@ -91,13 +88,12 @@ class Job:
         for line in self.warnings:
             log.warning("warning: %s", line)
         log.info(
-            "%d steps of %d prompts × %d responses; %d ranks = tp %d × pp %d × dp %d; in %s",
+            "%d steps of %d prompts × %d responses; %d ranks = %s × dp %d; in %s",
             self.steps,
             train.prompts_per_step,
             self.config.rollout.n,
             parallel.world,
-            parallel.tp,
-            parallel.pp,
+            self.config.parallel.told,
             parallel.dp,
             self.folder,
         )
@@ -186,26 +182,31 @@ class Job:
 
     def _scores(self, rollouts: list[Rollout]) -> list[float]:
         assert self.training_reward is not None
-        texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
+        said = texts(rollouts, self.tokenizer)
         return [
             scored(self.training_reward, text, rollout.prompt)
-            for text, rollout in zip(texts, rollouts, strict=True)
+            for text, rollout in zip(said, rollouts, strict=True)
         ]
 
     def pack(self, rollouts: list[Rollout], step: int) -> list[Microbatch]:
-        """Pack this replica's rollouts into as many microbatches as every other replica."""
+        """Share the step's rollouts out to the replicas, and pack what comes to this one."""
         limit, section = self.config.train.microbatch_tokens, self.config.metrics
-        needed = torch.tensor(needed_microbatches(rollouts, limit), device=self.parallel.device)
-        dist.all_reduce(needed, dist.ReduceOp.MAX, group=self.parallel.dp_group)
-        packed = pack(
-            _at_least(int(needed), rollouts),
-            microbatch_tokens=limit,
-            count=int(needed),
-            multiple=self.parallel.tp if self.parallel.sequence_parallel else 1,
-            measure_fraction=section.token_fraction if self._measures_at(step) else 0.0,
-            seed=request_seed(self.config.seed, step),
-        )
-        return [batch.to(self.parallel.device) for batch in packed]
+        whole, parallel = self.objective.group_normalize != "none", self.parallel
+        mine, self.balance = share_out(rollouts, self.cost, parallel, whole_prompts=whole)
+        how = {
+            "microbatch_tokens": limit,
+            "cost": self.cost,
+            "multiple": parallel.tp if parallel.sequence_parallel else 1,
+            "cp": parallel.cp,
+            "measure_fraction": section.token_fraction if self._measures_at(step) else 0.0,
+            "seed": request_seed(self.config.seed, step),
+        }
+        cp = {"size": parallel.cp, "rank": parallel.cp_rank, "group": parallel.cp_group}
+        return [
+            part_of(batch, **cp).to(parallel.device)
+            for own, count in rounds(mine, limit, parallel)
+            for batch in pack(own, count=count, **how)
+        ]
 
     def _measures_at(self, step: int) -> bool:
         return step in (1, self.steps) or step % self.config.metrics.every == 0
@@ -252,16 +253,28 @@ class Job:
             metrics.mean("rollout/data_fraction", not rollout.drawn, 1)
         for name, (total, count) in summary(rollouts).items():
             metrics.mean(name, total, count)
-        packed = sum(batch.token_T.numel() for batch in microbatches)
+        packed = sum(batch.token_T.numel() for batch in microbatches) * self.parallel.cp
+        room = len(microbatches) * self.config.train.microbatch_tokens
         metrics.mean("train/packed_tokens", packed * self.parallel.dp, 1)
+        metrics.mean("train/fill", packed, room)
+        self._measure_traffic(metrics, microbatches)
+        metrics.mean("train/microbatches", len(microbatches), 1)
         record = metrics.reduce(None, self.parallel.device)
         rate = record["train/packed_tokens"] / seconds["time/step_s"]
         counts = {
-            "train/microbatches": len(microbatches),
+            "train/balance": self.balance,
             "data/epoch": self.stream.epoch,
             "rollout/staleness_steps": self.staleness,
         }
         return record | counts | seconds | {"perf/tokens_per_s": rate}
+
+    def _measure_traffic(self, metrics: Metrics, microbatches: list[Microbatch]) -> None:
+        """Say what all ranks sent for judges on meshes of their own, for each supervised token."""
+        sent = self.judges.traffic()
+        if sent is not None:
+            counts = self.parallel.tp_rank == 0 and self.parallel.is_last_stage
+            supervised = sum(batch.mask_N.sum() for batch in microbatches) if counts else 0.0
+            metrics.mean("teacher/bytes_per_token", sent, supervised)
 
     def evaluates_at(self, step: int) -> bool:
         """Say whether held-out prompts are due after `step`."""
@@ -371,12 +384,6 @@ def _sampled(scores: Scores | None) -> Tensor:
     """Return the teacher's log q(y), as which alone it answers where rewards are compared."""
     assert isinstance(scores, SampledScores)
     return scores.logp_N
-
-
-def _at_least(count: int, rollouts: list[Rollout]) -> list[Rollout]:
-    """Fill up with masked copies: where the dataset answers, once a prompt, a replica has fewer."""
-    shortest = min(rollouts, key=lambda r: len(r.prompt.token_ids) + len(r.response_ids))
-    return rollouts + [replace(shortest, masked=True)] * (count - len(rollouts))
 
 
 def _top(rollout: Rollout) -> dict[str, list]:

@@ -8,7 +8,8 @@ Shapes: T packed tokens · N targets, M of them measured · K ids · S sequences
 """
 
 import heapq
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,17 +21,15 @@ from megatron_opd.types import Microbatch, Rollout
 def needed_microbatches(rollouts: Sequence[Rollout], microbatch_tokens: int) -> int:
     """Return the fewest microbatches of at most `microbatch_tokens` that `pack` fits these in.
 
-    Every number from this to that of the rollouts does too: a teacher's microbatches can be split
-    until each holds one sequence. So data-parallel replicas with equally many rollouts can agree on
-    their maximum, whatever teachers each of them has.
+    For rollouts of one teacher, every number from this to that of the rollouts does too: until each
+    microbatch holds one sequence, there is one to split. So replicas can agree on a maximum.
 
     Raises:
         ValueError: no rollouts; an empty response; a sequence longer than a microbatch.
     """
-    lengths = _lengths(rollouts, microbatch_tokens)
     return sum(
-        _fewest([lengths[i] for i in members], microbatch_tokens)
-        for members in _by_teacher(rollouts)
+        _fewest(_lengths(own, microbatch_tokens), microbatch_tokens)
+        for own in by_teacher(rollouts).values()
     )
 
 
@@ -39,66 +38,82 @@ def pack(
     *,
     microbatch_tokens: int,
     count: int | None = None,
+    cost: Callable[[Rollout], float] | None = None,
     multiple: int = 1,
+    cp: int = 1,
     measure_fraction: float = 1.0,
     seed: int = 0,
 ) -> list[Microbatch]:
-    """Distribute rollouts over `count` microbatches (default: the fewest) of about equal tokens.
+    """Distribute rollouts over `count` microbatches of about equal cost, or tokens without `cost`.
 
-    The microbatches of one teacher follow those of another, in alphabetical order. Where the
-    teacher reads another prompt, a sequence counts with the longer of both.
+    `count` (default: the fewest) is for rollouts of one teacher. The microbatches of one teacher
+    follow those of another, in alphabetical order. Where the teacher reads another prompt, a
+    sequence has the tokens of the longer of both.
 
-    T is filled up to a multiple of `multiple` with one more sequence that no source points into;
-    for this alone T may pass `microbatch_tokens`. Each supervised token is measured with
+    T is filled up to a multiple of `multiple` with one more sequence that no source points into.
+    For `cp` context-parallel ranks, whose share of T is filled up so, each sequence gets a multiple
+    of 2 · cp tokens before: nothing that counts comes after its filling. For these alone T may pass
+    `microbatch_tokens`. Each supervised token is measured with
     probability `measure_fraction`, by a draw that depends on `seed` (of the step), its prompt,
     sample and position alone.
 
     Raises:
         ValueError: as `needed_microbatches`; `count` is below it or above the sequences there are.
     """
-    lengths, groups = _lengths(rollouts, microbatch_tokens), _by_teacher(rollouts)
-    shares = [_fewest([lengths[i] for i in members], microbatch_tokens) for members in groups]
-    needed = sum(shares)
+    groups = by_teacher(rollouts)
+    assert count is None or len(groups) == 1, "each teacher's rollouts have a count of their own"
+    return [
+        _build([own[i] for i in members], (multiple, cp), measure_fraction, seed)
+        for own in groups.values()
+        for members in _bins(own, microbatch_tokens, count, cost)
+    ]
+
+
+def by_teacher(rollouts: Sequence[Rollout]) -> dict[str, list[Rollout]]:
+    """Return the rollouts that each teacher judges, by its name in alphabetical order.
+
+    Raises:
+        ValueError: there are no rollouts.
+    """
+    if not rollouts:
+        raise ValueError("rollouts: got none, expected at least one to train on")
+    groups: dict[str, list[Rollout]] = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout.prompt.teacher, []).append(rollout)
+    return dict(sorted(groups.items()))
+
+
+def _bins(
+    rollouts: Sequence[Rollout],
+    limit: int,
+    count: int | None,
+    cost: Callable[[Rollout], float] | None,
+) -> list[list[int]]:
+    """Return which rollouts of a teacher share a microbatch."""
+    lengths = _lengths(rollouts, limit)
+    needed = _fewest(lengths, limit)
     count = needed if count is None else count
     if not needed <= count <= len(rollouts):
         raise ValueError(
             f"count: got {count} microbatches, expected {needed} to {len(rollouts)} for "
             f"{len(rollouts)} sequences, {sum(lengths)} tokens"
         )
-    bins: list[list[int]] = []
-    for members, share in zip(groups, _more(groups, lengths, shares, count), strict=True):
-        balanced = _balance([lengths[i] for i in members], share)
-        bins += [[members[i] for i in chosen] for chosen in balanced]
-    return [
-        _build([rollouts[i] for i in members], multiple, measure_fraction, seed) for members in bins
-    ]
+    costs = lengths if cost is None else [cost(rollout) for rollout in rollouts]
+    # where the balance of costs leaves no room for the last, that of tokens does
+    return _balance(costs, count, lengths, limit) or _balance(lengths, count)
 
 
-def _by_teacher(rollouts: Sequence[Rollout]) -> list[list[int]]:
-    """Return which rollouts each teacher judges."""
-    groups: dict[str, list[int]] = {}
-    for index, rollout in enumerate(rollouts):
-        groups.setdefault(rollout.prompt.teacher, []).append(index)
-    return [groups[name] for name in sorted(groups)]
-
-
-def _more(groups: list[list[int]], lengths: list[int], shares: list[int], count: int) -> list[int]:
-    """Return microbatches per group, `count` in all: more of them where they are fullest."""
-    shares, tokens = list(shares), [sum(lengths[i] for i in members) for members in groups]
-    while sum(shares) < count:
-        splits = [i for i, members in enumerate(groups) if shares[i] < len(members)]
-        shares[max(splits, key=lambda i: tokens[i] / shares[i])] += 1
-    return shares
+def packed_tokens(rollout: Rollout) -> int:
+    """Return the tokens that a rollout takes in a forward, after the longer of both prompts."""
+    prompt = max(len(rollout.prompt.token_ids), len(rollout.prompt.teacher_token_ids or ()))
+    return prompt + len(rollout.response_ids) - 1
 
 
 def _lengths(rollouts: Sequence[Rollout], limit: int) -> list[int]:
     """Tokens that each rollout takes in a forward, after checking that it can be packed."""
-    if not rollouts:
-        raise ValueError("rollouts: got none, expected at least one to train on")
     lengths = []
     for rollout in rollouts:
         prompt, response = len(rollout.prompt.token_ids), len(rollout.response_ids)
-        judged = rollout.prompt.teacher_token_ids
         name = f"rollout of prompt {rollout.prompt.index}, sample {rollout.sample}"
         if not prompt or not response or len(rollout.logp) != response:
             raise ValueError(
@@ -106,13 +121,12 @@ def _lengths(rollouts: Sequence[Rollout], limit: int) -> list[int]:
                 f"{len(rollout.logp)} log-probabilities; expected at least one token each, and a "
                 "log-probability for every response token"
             )
-        prompt = max(prompt, len(judged or ()))
-        if prompt + response - 1 > limit:
+        lengths.append(packed_tokens(rollout))
+        if lengths[-1] > limit:
             raise ValueError(
-                f"{name}: {prompt + response - 1} tokens do not fit train.microbatch_tokens="
-                f"{limit}; raise it, or lower rollout.max_tokens"
+                f"{name}: {lengths[-1]} tokens do not fit train.microbatch_tokens={limit}; raise "
+                "it, or lower rollout.max_tokens"
             )
-        lengths.append(prompt + response - 1)
     return lengths
 
 
@@ -124,22 +138,35 @@ def _fewest(lengths: list[int], limit: int) -> int:
     return next(count for count in range(start, len(lengths) + 1) if heaviest(count) <= limit)
 
 
-def _balance(lengths: list[int], count: int) -> list[list[int]]:
-    """Put the longest first, each into the lightest bin; members of a bin keep their order.
+def _balance(
+    costs: Sequence[float], count: int, lengths: Sequence[int] = (), limit: int = 0
+) -> list[list[int]]:
+    """Put the dearest first, each into the cheapest bin; members of a bin keep their order.
 
-    The heaviest bin never gets heavier with more bins (at any time the loads of `count` bins
+    The dearest bin never gets dearer with more bins (at any time the loads of `count` bins
     dominate, sorted, the upper `count` of `count + 1`), which is what lets a replica use more.
+
+    With `lengths`, into the cheapest bin that has room under `limit`; [] where none has.
     """
     bins: list[list[int]] = [[] for _ in range(count)]
-    loads = [(0, index) for index in range(count)]
-    for member in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        load, index = heapq.heappop(loads)
+    loads, room = [(0.0, index) for index in range(count)], [limit] * count
+    lengths = lengths or [0] * len(costs)
+    for member in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        full = []
+        while loads and room[loads[0][1]] < lengths[member]:
+            full.append(heapq.heappop(loads))
+        if not loads:
+            return []
+        load, index = loads[0]
+        heapq.heapreplace(loads, (load + costs[member], index))
         bins[index].append(member)
-        heapq.heappush(loads, (load + lengths[member], index))
+        room[index] -= lengths[member]
+        for entry in full:
+            heapq.heappush(loads, entry)
     return [sorted(members) for members in bins]
 
 
-def _context(rollouts: list[Rollout], multiple: int) -> Microbatch | None:
+def _context(rollouts: list[Rollout], multiples: tuple[int, int]) -> Microbatch | None:
     """Pack the same responses after what their teacher reads, where that is something else."""
     read = [r.prompt.teacher_token_ids for r in rollouts]
     if all(ids is None for ids in read):
@@ -149,14 +176,19 @@ def _context(rollouts: list[Rollout], multiple: int) -> Microbatch | None:
         tokens = rollout.prompt.token_ids if ids is None else ids
         prompt = replace(rollout.prompt, token_ids=tokens, teacher_token_ids=None)
         exchanged.append(replace(rollout, prompt=prompt, top_ids=None, top_logp=None))
-    return _build(exchanged, multiple, 0.0, 0)
+    return _build(exchanged, multiples, 0.0, 0)
 
 
-def _build(rollouts: list[Rollout], multiple: int, fraction: float, seed: int) -> Microbatch:
+def _build(
+    rollouts: list[Rollout], multiples: tuple[int, int], fraction: float, seed: int
+) -> Microbatch:
     prompt_S = np.array([len(r.prompt.token_ids) for r in rollouts])
     response_S = np.array([len(r.response_ids) for r in rollouts])
     length_S, tokens = prompt_S + response_S - 1, [_joined(r) for r in rollouts]
-    fill = -int(length_S.sum()) % multiple
+    of_sequence, of_pack = _filled_up_to(*multiples)
+    length_S += -length_S % of_sequence
+    tokens = [np.pad(ids, (0, n - len(ids))) for ids, n in zip(tokens, length_S, strict=True)]
+    fill = -int(length_S.sum()) % of_pack
     if fill:
         tokens.append(np.zeros(fill, np.int64))
         length_S = np.append(length_S, fill)
@@ -186,8 +218,13 @@ def _build(rollouts: list[Rollout], multiple: int, fraction: float, seed: int) -
         advantage_N=_each(rollouts, response_S, "advantage", unless=not scored),
         group_N=torch.from_numpy(np.repeat([_group(r) for r in rollouts], response_S)),
         teacher=rollouts[0].prompt.teacher,
-        context=_context(rollouts, multiple),
+        context=_context(rollouts, multiples),
     )
+
+
+def _filled_up_to(multiple: int, cp: int) -> tuple[int, int]:
+    """Return of what a sequence, and of what a pack, has a multiple of tokens."""
+    return (2 * cp, cp * math.lcm(2, multiple)) if cp > 1 else (1, multiple)
 
 
 def _each(

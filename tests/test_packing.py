@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_opd.packing import _balance, needed_microbatches, pack
+from megatron_opd.packing import _balance, by_teacher, needed_microbatches, pack
 from megatron_opd.types import Prompt, Rollout
 
 LIMIT = 64
@@ -138,30 +138,53 @@ def test_targets_know_their_response_and_whether_it_is_supervised(sizes, data):
 
 @settings(deadline=None)
 @given(size_lists, st.data())
-def test_a_microbatch_has_one_teacher_and_any_number_of_them_from_the_fewest_on_will_do(
-    sizes, data
-):
-    """So replicas with equally many rollouts can agree, whatever teachers each of them has."""
+def test_a_microbatch_has_one_teacher(sizes, data):
     names = data.draw(st.lists(st.sampled_from("abc"), min_size=len(sizes), max_size=len(sizes)))
     rollouts = [
         replace(r, prompt=replace(r.prompt, teacher=name))
         for r, name in zip(make_rollouts(sizes), names, strict=True)
     ]
-    needed = needed_microbatches(rollouts, LIMIT)
-    packed = pack(
-        rollouts, microbatch_tokens=LIMIT, count=data.draw(st.integers(needed, len(rollouts)))
-    )
-    assert all(len(mb.token_T) <= LIMIT for mb in packed)
+    packed = pack(rollouts, microbatch_tokens=LIMIT)
     assert [mb.teacher for mb in packed] == sorted(mb.teacher for mb in packed)
     trained = [(token, mb.teacher) for mb in packed for token in mb.target_N.tolist()]
     assert sorted(trained) == sorted(
         (i, r.prompt.teacher) for r in rollouts for i in r.response_ids
     )
-    fewest = pack(rollouts, microbatch_tokens=LIMIT)
-    alone = [[r for r in rollouts if r.prompt.teacher == name] for name in sorted(set(names))]
-    assert [len(mb.token_T) for mb in fewest] == [
-        len(mb.token_T) for own in alone for mb in pack(own, microbatch_tokens=LIMIT)
-    ]
+    groups = by_teacher(rollouts)
+    assert list(groups) == sorted(set(names))
+    alone = [mb for own in groups.values() for mb in pack(own, microbatch_tokens=LIMIT)]
+    assert [mb.target_N.tolist() for mb in packed] == [mb.target_N.tolist() for mb in alone]
+    assert needed_microbatches(rollouts, LIMIT) == len(packed)
+
+
+def squared(rollout):
+    """A cost that is not tokens."""
+    return float(len(rollout.prompt.token_ids) + len(rollout.response_ids) - 1) ** 2
+
+
+@settings(deadline=None)
+@given(size_lists, st.data())
+def test_microbatches_of_equal_cost_are_no_more_and_fit(sizes, data):
+    rollouts = make_rollouts(sizes)
+    needed = needed_microbatches(rollouts, LIMIT)
+    count = data.draw(st.integers(needed, len(rollouts)))
+    packed = pack(rollouts, microbatch_tokens=LIMIT, count=count, cost=squared)
+    assert len(packed) == count
+    assert all(0 < len(mb.token_T) <= LIMIT for mb in packed)
+    trained = sorted(token for mb in packed for token in mb.target_N.tolist())
+    assert trained == sorted(i for r in rollouts for i in r.response_ids)
+
+
+def test_costs_are_balanced_where_the_tokens_leave_room():
+    rollouts = make_rollouts([(1, 32), (1, 8), (1, 8), (1, 8), (1, 8), (1, 16)])
+
+    def lengths(limit, cost=None):
+        packed = pack(rollouts, microbatch_tokens=limit, count=2, cost=cost)
+        return [mb.cu_seqlens.diff().tolist() for mb in packed]
+
+    assert lengths(64) == [[32, 8], [8, 8, 8, 16]]
+    assert lengths(64, squared) == [[32], [8, 8, 8, 8, 16]]
+    assert lengths(40, squared) == lengths(40)  # 48 tokens are too many for one
 
 
 @settings(deadline=None)

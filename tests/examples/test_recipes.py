@@ -183,7 +183,7 @@ def test_a_dry_run_plans_the_step_of_the_paper(planned):
     assert f"{ROWS} prompts" in planned.told
     assert "2 steps of 64 prompts × 4 responses" in planned.told
     assert "8 = tp 2 × pp 1 × dp 4" in planned.told
-    assert "a replica has 64 sequences" in planned.told
+    assert "on a replica about 64 sequences in" in planned.told
     assert sorted(path.name for path in planned.home.iterdir()) == ["data", "models"]
 
 
