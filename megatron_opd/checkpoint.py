@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from megatron.core.dist_checkpointing.optimizer import (
     get_param_id_to_sharded_param_map,
     make_sharded_optimizer_tensor,
@@ -29,7 +30,10 @@ from megatron_opd.step import Student
 from megatron_opd.teacher.ema import EmaTeacher
 
 # the only sharding of the optimiser that may be resumed in another layout
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,  # with ep > 1, experts have an optimiser of their own
+}
 
 
 def save(
@@ -53,7 +57,8 @@ def save(
     parallel.owner(lambda: _fresh(draft))
     fork_checkpoint_writer()
     averages = averages or {}
-    dist_checkpointing.save(_sharded(student, averages, loading=False), str(draft))
+    with student.states():
+        dist_checkpointing.save(_sharded(student, averages, loading=False), str(draft))
     kept = {**state, "averages": sorted(averages)} if averages else state
 
     def publish() -> None:
@@ -85,13 +90,19 @@ def load(
             "the teachers that it was saved with, or start another run.dir"
         )
     _patch_distributed_optimizer()
-    _before_load(student.optimizer)
-    loaded: Any = dist_checkpointing.load(_sharded(student, averages, loading=True), str(path))
-    student.model.load_state_dict(loaded["model"])
-    student.optimizer.load_state_dict(loaded["optimizer"])
-    for name, teacher in averages.items():
-        teacher.restore([loaded[_prefix(name)][i] for i in range(len(teacher.masters))])
-    _after_load(student.optimizer)
+    with student.states():
+        _before_load(student.optimizer)
+        wanted = _sharded(student, averages, loading=True)
+        loaded: Any = dist_checkpointing.load(wanted, str(path))
+        student.model.load_state_dict(loaded["model"])
+        parts = {
+            i: _regroup(loaded["optimizer"][i], part, state["step"])
+            for i, part in wanted["optimizer"].items()
+        }
+        student.optimizer.load_state_dict(parts if len(parts) > 1 else parts[0])
+        for name, teacher in averages.items():
+            teacher.restore([loaded[_prefix(name)][i] for i in range(len(teacher.masters))])
+        _after_load(student.optimizer)
     student.scheduler.num_steps = 0
     student.scheduler.step(state["step"])
     return state
@@ -111,7 +122,8 @@ def _sharded(
     student: Student, averages: Mapping[str, EmaTeacher], *, loading: bool
 ) -> dict[str, Any]:
     model = sharded_weights(student.model)
-    optimizer = student.optimizer.sharded_state_dict(model, is_loading=loading, metadata=METADATA)
+    state = student.optimizer.sharded_state_dict(model, is_loading=loading, metadata=METADATA)
+    parts = state if len(_chained(student.optimizer)) > 1 else {0: state}
     # they lie as the student's weights do, as the states of an optimiser would
     places = get_param_id_to_sharded_param_map(model, student.model.parameters())
     means = {
@@ -121,7 +133,27 @@ def _sharded(
         }
         for name, teacher in averages.items()
     }
-    return {"model": model, "optimizer": optimizer, **means}
+    return {"model": model, "optimizer": parts, **means}
+
+
+def _regroup(part: dict[str, Any], wanted: dict[str, Any], step: int) -> dict[str, Any]:
+    """Return what was loaded of an optimiser with its own groups, after so many updates.
+
+    Those that were saved may be of another number: with ep > 1, experts have an optimiser of their
+    own. What else groups hold is the config's and the schedule's to say.
+    """
+    part = {**wanted, **part}
+    held = part["optimizer"] if "optimizer" in wanted else part
+    held["param_groups"] = [
+        {k: v.unwrap() if isinstance(v, LocalNonpersistentObject) else v for k, v in group.items()}
+        for group in wanted.get("optimizer", wanted)["param_groups"]
+    ]
+    for group in held["param_groups"]:
+        if "step" in group:
+            group["step"] = type(group["step"])(step)
+    if "state" in held:  # of one that is not distributed
+        held["state"]["common_step"] = torch.tensor(float(step))
+    return part
 
 
 def _prefix(name: str) -> str:
@@ -154,8 +186,12 @@ def _patch_distributed_optimizer() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
 
 
+def _chained(optimizer: Any) -> list[Any]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def _torch_adamws(optimizer: Any):
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _chained(optimizer):
         if isinstance(getattr(part, "optimizer", None), torch.optim.Adam | torch.optim.AdamW):
             yield part.optimizer
 

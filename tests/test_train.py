@@ -41,9 +41,18 @@ run: {dir: runs/one, save_every: 1, save_rollouts_every: 2, tensorboard: true}
 """
 
 
-def make_home(folder: Path, texts=(), vocab_size=300, *, head_dim=12, spare_rows=3) -> Path:
+def make_home(
+    folder: Path,
+    texts=(),
+    vocab_size=300,
+    *,
+    head_dim=12,
+    spare_rows=3,
+    layers=2,
+    student="qwen3_tied",
+) -> Path:
     """Write two real tiny models with their tokenizer, prompts with responses, and a config."""
-    for name, layers, seed in (("student", 2, 1), ("teacher", 4, 2)):
+    for name, layers, seed in (("student", layers, 1), ("teacher", 4, 2)):
         tokenizer = train_tokenizer(folder / name, texts, vocab_size=vocab_size)
         shape = dict(
             vocab_size=len(tokenizer) + spare_rows,
@@ -51,7 +60,8 @@ def make_home(folder: Path, texts=(), vocab_size=300, *, head_dim=12, spare_rows
             hidden_size=16 * layers,
             head_dim=head_dim,
         )
-        model = hf_model("qwen3_tied", seed=seed, max_position_embeddings=1024, **shape)
+        family = student if name == "student" else "qwen3_tied"
+        model = hf_model(family, seed=seed, max_position_embeddings=1024, **shape)
         model.save_pretrained(folder / name)
     rows = [
         {"prompt": f"{a} + {a + 1} =", "answer": f"{2 * a + 1}", "response": f"{2 * a + 1}"}
@@ -286,11 +296,15 @@ def test_a_mix_of_the_datasets_responses_and_drawn_ones(home):
 
 
 def test_replicas_of_a_mix_have_unlike_numbers_of_responses(home):
-    """The dataset answers a prompt once, the engine eight times: one replica has fewer to pack."""
+    """The dataset answers a prompt once, the engine eight times: one replica has written fewer."""
     words = ["objective.support=full", "rollout.data_fraction=0.5", "rollout.n=8"]
     run(2, *words, "train.prompts_per_step=2", "train.microbatch_tokens=80", *ALONE)
-    packed = [r["train/microbatches"] for r in records(Path("runs/one"))]
-    assert len(packed) == 5 and max(packed) > 2
+    history = records(Path("runs/one"))
+    assert len(history) == 5 and max(r["train/microbatches"] for r in history) > 2
+    for record in history:
+        room = 2 * record["train/microbatches"] * 80
+        assert record["train/fill"] == pytest.approx(record["train/packed_tokens"] / room)
+        assert 0.8 < record["train/balance"] <= 1 and 0.5 < record["train/fill"] <= 1
 
 
 @pytest.mark.parametrize(
