@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
         if not options.dry_run:
             _run(config, world)
         elif rank == 0:
-            _plan(config, options.ranks or world)
+            _plan(config, options.ranks, world)
     except (ValueError, FloatingPointError) as error:
         if not _is_for_the_user(error):
             raise
@@ -61,10 +61,12 @@ def _run(config: Config, world: int) -> None:
     train.main(config)
 
 
-def _plan(config: Config, world: int) -> None:
+def _plan(config: Config, ranks: int | None, world: int) -> None:
+    from megatron_opd import platform
     from megatron_opd.preflight import preflight, render
 
-    print(render(preflight(config, world, dry_run=True)))
+    plan = preflight(config, ranks or world, dry_run=True)
+    print(render(plan, "cuda" if ranks else platform.device().type))
 
 
 def _is_for_the_user(error: Exception) -> bool:
@@ -101,7 +103,9 @@ def _parser() -> argparse.ArgumentParser:
         help="check everything that needs no weights, and print batches and memory",
     )
     parser.add_argument(
-        "--ranks", type=int, help="with --dry-run: ranks to plan for (default: those of torchrun)"
+        "--ranks",
+        type=int,
+        help="with --dry-run: GPUs to plan for, one a rank (default: torchrun's ranks, as here)",
     )
     return parser
 

@@ -32,7 +32,11 @@ Temperatures = tuple[float, float]  # of the student, of the teacher
 
 
 class Bench:
-    """Student and teacher, of which none trains; every rank calls every method."""
+    """Student and teacher, of which none trains; every rank calls every method.
+
+    Raises:
+        ValueError: the teacher is to have a mesh of its own.
+    """
 
     def __init__(
         self,
@@ -43,6 +47,11 @@ class Bench:
         vocab_size: int,
         k: int,
     ):
+        if teacher.parallel is not None:
+            raise ValueError(
+                "teacher.parallel: set, but here both models are split alike; set it to null, and "
+                "parallel to what fits both"
+            )
         self.config, self.parallel, self.vocab_size, self.k = config, parallel, vocab_size, k
         self.teacher = teacher
         self.models: dict[str, Stage] = {}

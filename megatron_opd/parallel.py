@@ -1,8 +1,9 @@
 """torchrun's ranks → Megatron's process groups → `Parallel`, and how ranks agree.
 
-Ranks form a mesh `arange(world).view(pp, dp, cp, tp)`: tensor-parallel peers are neighbours, pipeline
-stages are furthest apart. One *replica* is the tp × cp × pp ranks that have the same responses.
-Experts are spread otherwise: the tp · cp · dp ranks of a stage are `view(expert_dp, ep, etp)`.
+Ranks form a mesh `arange(world).view(pp, dp, cp, tp)`: tensor-parallel peers are neighbours,
+pipeline stages are furthest apart. One *replica* is the tp × cp × pp ranks that have the same
+responses. Experts are spread otherwise: the tp · cp · dp ranks of a stage are
+`view(expert_dp, ep, etp)`. A frozen model may have another mesh of the same ranks.
 """
 
 import os
@@ -152,7 +153,7 @@ class Parallel:
 
 
 def place(layer: int, layers: int, pp: int, vpp: int = 1) -> tuple[int, int]:
-    """Return (stage, chunk) of a layer: chunks of equal size are dealt out to the stages in turn."""
+    """Return (stage, chunk) of a layer: equal chunks are dealt out to the stages in turn."""
     virtual = layer * pp * vpp // layers
     return virtual % pp, virtual // pp
 
@@ -217,7 +218,8 @@ def initialize(
             os.environ.setdefault(name, str(value))
         os.environ.setdefault("MASTER_PORT", "0" if world == 1 else "29500")
         dist.init_process_group(platform.backend(), timeout=timedelta(minutes=timeout_minutes))
-    parallel = _mesh(world, tp, pp, cp, ep, etp, vpp, sequence_parallel, timeout_minutes)
+    axes = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "etp": etp, "vpp": vpp}
+    parallel = _mesh(**axes, sequence_parallel=sequence_parallel, timeout_minutes=timeout_minutes)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return parallel
 
@@ -240,12 +242,13 @@ def another(
     Raises:
         ValueError: the axes do not divide the number of ranks.
     """
-    world, before = dist.get_world_size(), _globals()
-    check_layout(world, tp, pp, ep=ep, etp=etp)
+    check_layout(dist.get_world_size(), tp, pp, ep=ep, etp=etp)
+    before = _globals()
     # Megatron refuses to initialise what is there; its buffer is scratch memory, which all may use
     _set_globals({name: {} if isinstance(old, dict) else None for name, old in before.items()})
+    axes = {"tp": tp, "pp": pp, "cp": 1, "ep": ep, "etp": etp, "vpp": vpp}
     try:
-        made = _mesh(world, tp, pp, 1, ep, etp, vpp, sequence_parallel, timeout_minutes)
+        made = _mesh(**axes, sequence_parallel=sequence_parallel, timeout_minutes=timeout_minutes)
     finally:
         _set_globals(before)
     scratch = {"_GLOBAL_MEMORY_BUFFER": before["_GLOBAL_MEMORY_BUFFER"]}
@@ -263,7 +266,7 @@ def _set_globals(values: Mapping[str, Any]) -> None:
 
 
 def _mesh(
-    world: int,
+    *,
     tp: int,
     pp: int,
     cp: int,
@@ -274,7 +277,7 @@ def _mesh(
     timeout_minutes: int,
 ) -> Parallel:
     """Have Megatron make its groups, and say where this rank is in them."""
-    dp = world // (tp * pp * cp)
+    dp = dist.get_world_size() // (tp * pp * cp)
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
@@ -298,7 +301,7 @@ def _mesh(
         dp_rank=mpu.get_data_parallel_rank(),
         cp_rank=mpu.get_context_parallel_rank(),
         ep_rank=mpu.get_expert_model_parallel_rank(),
-        etp_rank=mpu.get_expert_tensor_parallel_rank(),
+        etp_rank=cast(int, mpu.get_expert_tensor_parallel_rank()),
         device=platform.device(),
         tp_group=mpu.get_tensor_model_parallel_group(),
         pp_group=mpu.get_pipeline_model_parallel_group(),

@@ -61,8 +61,27 @@ def test_the_student_is_its_own_teacher(home, weights):
 
 
 @pytest.mark.parametrize(
+    ("layout", "own"), [("{}", "{tp: 2}"), ("{tp: 2, sequence_parallel: true}", "{pp: 2}")]
+)
+def test_judges_on_meshes_of_their_own_change_nothing(home, layout, own):
+    """One of two teachers, and the base."""
+    words = several(*QUICK, "base={path: teacher}", "objective.extrapolation=1.25")
+    words += [f"parallel={layout}", "run.save_rollouts_every=0"]
+    run(2, *words, "run.dir=runs/shared")
+    run(2, *words, f"teachers.math.parallel={own}", f"base.parallel={own}")
+    for one, other in zip(records(Path("runs/shared")), records(Path("runs/one")), strict=True):
+        assert other.pop("teacher/bytes_per_token") > 4
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
     ("words", "line"),
     [
+        (
+            ["teachers.math.parallel.tp=3"],
+            "teachers.math.parallel: tp=3 × pp=1 needs a multiple of 3 ranks, got 1; change "
+            "--nproc-per-node or teachers.math.parallel.tp / teachers.math.parallel.pp",
+        ),
         (
             ["data.teacher_key=other"],
             "prompts.jsonl, row 1: data.teacher_key='other' gives 'chess', expected one of math",

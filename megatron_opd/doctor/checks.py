@@ -79,8 +79,9 @@ def stop_ids(m: Material) -> Row:
 def memory_of_run(m: Material) -> Row:
     """Compare the estimate with what this device has."""
     judges = build.judges(m.config, m.objective)
-    needed = memory.peak(memory.estimate(m.config, m.objective, judges, m.plan.dp))
     device = m.parallel.device
+    phases = memory.estimate(m.config, m.objective, judges, m.plan.dp, device=device.type)
+    needed = memory.peak(phases)
     if device.type == "cuda":
         return soundness.memory(needed, torch.cuda.mem_get_info(device)[1], device="the GPU")
     total = psutil.virtual_memory().total // m.parallel.world

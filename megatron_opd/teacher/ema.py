@@ -46,9 +46,10 @@ class EmaTeacher(MegatronTeacher):
             mean = master.to(target.device).lerp_(target, self.rate)
             master.copy_(mean)  # itself, unless it lives in host memory
             if _is_counted(theirs):
-                squares += torch.stack([(mean - target).square().sum(), target.square().sum()])
+                both = torch.stack([(mean - target).square().sum(), target.square().sum()])
+                squares += both / _copies(theirs, self.parallel)
         self._publish()
-        dist.all_reduce(squares, group=self.parallel.replica_group)
+        dist.all_reduce(squares)
         apart, whole = squares.tolist()
         return (apart / whole) ** 0.5
 
@@ -66,6 +67,13 @@ class EmaTeacher(MegatronTeacher):
                 resting.copy_(master)
 
 
+def _copies(parameter: Tensor, parallel: Parallel) -> int:
+    """Return how many ranks count the same numbers: an expert's lie otherwise than the others'."""
+    p = parallel
+    spread = not getattr(parameter, "allreduce", True)  # Megatron's mark of such experts
+    return p.tp * p.cp * p.dp // (p.ep * p.etp) if spread else p.cp * p.dp
+
+
 def _is_counted(parameter: Tensor) -> bool:
-    """Say whether no other rank of the replica counts the same parameter."""
+    """Say whether no other rank of its copy of the model counts the same parameter."""
     return param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter)

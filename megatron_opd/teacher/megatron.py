@@ -3,7 +3,8 @@
 Or the student's own network: as it was at the start, or as it is (`live`).
 """
 
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,10 +12,12 @@ from torch import Tensor
 from megatron_opd.loss import summarize
 from megatron_opd.model import enter_head
 from megatron_opd.model.pipeline import run_schedule
+from megatron_opd.offload import Offloaded
 from megatron_opd.parallel import Parallel
 from megatron_opd.types import HiddenScores, Microbatch, Scores
 
 Payload = Literal["hidden", "topk", "sampled"]
+T = TypeVar("T")
 
 
 class MegatronTeacher:
@@ -25,9 +28,9 @@ class MegatronTeacher:
 
     hidden: its hidden states, while it keeps its own head, which the loss multiplies them with;
     `model` must then be built with the student's padded vocabulary, so that rank r's rows of both
-    heads are the same tokens. topk, sampled: log-probabilities at `temperature`, computed here.
-    With `offload`, all weights that the loss does not need live in pinned host memory between calls
-    of `score`.
+    heads are the same tokens. Without `keeps_head` the loss has the rows from elsewhere, and those
+    here go. topk, sampled: log-probabilities at `temperature`, computed here. With `offload`, all
+    weights that the loss does not need live in pinned host memory between calls of `score`.
     """
 
     def __init__(
@@ -41,17 +44,25 @@ class MegatronTeacher:
         k: int = 16,
         temperature: float = 1.0,
         chunk_tokens: int | None = None,
+        keeps_head: bool = True,
     ):
-        self.model = model
+        self.model, self.keeps_head = model, keeps_head
         self.parallel, self.payload = parallel, payload
         self.k, self.temperature, self.chunk_tokens = k, temperature, chunk_tokens
         self.head = model.head(vocab_size) if parallel.is_last_stage else None
-        self.away = _Offloaded(self._between_uses()) if offload else None
+        if self.head and payload == "hidden" and not keeps_head and not self._head_embeds():
+            self.head.weight_VH.data = self.head.weight_VH.data.new_empty(0)
+        self.away = Offloaded(self._between_uses()) if offload else None
 
     def _between_uses(self) -> list[Tensor]:
         """Return the weights that may leave: all but the head that hidden states come with."""
-        stays = self.head.weight_VH if self.head and self.payload == "hidden" else None
+        needed = self.head and self.payload == "hidden" and self.keeps_head
+        stays = self.head.weight_VH if self.head and needed else None
         return [p for p in self.model.parameters() if p is not stays]
+
+    def _head_embeds(self) -> bool:
+        """Say whether the head is the embedding table, rather than a copy or a table of its own."""
+        return self.model.architecture.tied and self.parallel.pp == 1
 
     def close(self) -> None:
         """Do nothing: the weights go with the process."""
@@ -59,23 +70,30 @@ class MegatronTeacher:
     @torch.no_grad()
     def score(self, microbatches: list[Microbatch]) -> list[Scores | None]:
         """Run forward only through the pipeline schedule and keep the supervised positions."""
-        if not microbatches:  # as another replica may have some, it is a question all the same
+        scores: list[Scores | None] = self.run(
+            microbatches, lambda i, hidden_NH: self.judge(hidden_NH, microbatches[i])
+        )
+        return scores or [None] * len(microbatches)
+
+    def run(self, microbatches: Sequence[Microbatch], keep: Callable[[int, Tensor], T]) -> list[T]:
+        """Return what `keep(i, hidden_NH)` makes of each microbatch; [] before the last stage."""
+        if not microbatches and not self.parallel.shares_experts:  # else another replica has some
             return []
         if self.away:
             self.away.fetch()
         self.model.eval()
 
-        def keep(index: int, hidden: Tensor) -> Scores:
+        def last_stage(index: int, hidden: Tensor) -> T:
             hidden_TH = enter_head(hidden, self.parallel)
-            hidden_NH = hidden_TH.index_select(0, microbatches[index].source_N)
-            return self._judge(hidden_NH, microbatches[index])
+            return keep(index, hidden_TH.index_select(0, microbatches[index].source_N))
 
-        scores = run_schedule(self.model, microbatches, keep, forward_only=True)
+        kept = run_schedule(self.model, microbatches, last_stage, forward_only=True)
         if self.away:
             self.away.release()
-        return scores or [None] * len(microbatches)
+        return kept
 
-    def _judge(self, hidden_NH: Tensor, microbatch: Microbatch) -> Scores:
+    def judge(self, hidden_NH: Tensor, microbatch: Microbatch) -> Scores:
+        """Return what `payload` says of the supervised tokens; collective over tp."""
         assert self.head is not None
         if self.payload == "hidden":
             return HiddenScores(hidden_NH, self.head)
@@ -97,23 +115,3 @@ def copy_weights(source: Any, target: Any) -> None:
     for name, parameter in target.named_parameters():
         parameter.copy_(theirs.pop(name))
     assert not theirs, f"weights that the copy does not have: {list(theirs)}"
-
-
-class _Offloaded:
-    """Tensors with a pinned host copy: released is a dropped pointer, not a transfer."""
-
-    def __init__(self, tensors: list[Tensor]):
-        self.tensors = tensors
-        self.device = tensors[0].device
-        self.host = [tensor.data.cpu() for tensor in tensors]
-        if self.device.type == "cuda":  # pinned, so that fetching overlaps
-            self.host = [tensor.pin_memory() for tensor in self.host]
-        self.release()
-
-    def fetch(self) -> None:
-        for tensor, host in zip(self.tensors, self.host, strict=True):
-            tensor.data = host.to(self.device, non_blocking=True)
-
-    def release(self) -> None:
-        for tensor in self.tensors:
-            tensor.data = tensor.data.new_empty(0)

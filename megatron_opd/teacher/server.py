@@ -39,7 +39,7 @@ class ServerTeacher:
         Raises:
             ValueError: on every rank: the server fails, or answers wrongly.
         """
-        passages = [_passages(batch) for batch in microbatches]
+        passages = [_passages(batch.whole) for batch in microbatches]
 
         def ask() -> list[Scored]:
             together = [passage for of_batch in passages for passage in of_batch]
@@ -49,14 +49,17 @@ class ServerTeacher:
         scored = iter(ask_once(self.parallel, ask))
         if not self.parallel.is_last_stage:
             return [None] * len(passages)
-        return [self._join([next(scored) for _ in of_batch]) for of_batch in passages]
+        return [
+            self._join([next(scored) for _ in of_batch], batch)
+            for of_batch, batch in zip(passages, microbatches, strict=True)
+        ]
 
-    def _join(self, scored: list[Scored]) -> Scores:
-        """Put the scores of a microbatch's sequences one after the other."""
+    def _join(self, scored: list[Scored], batch: Microbatch) -> Scores:
+        """Put the scores of a microbatch's sequences one after the other, and keep this rank's."""
 
         def joined(name: str) -> torch.Tensor:
             values = np.concatenate([getattr(one, name) for one in scored])
-            return torch.from_numpy(values).to(self.parallel.device)
+            return batch.own(torch.from_numpy(values).to(self.parallel.device))
 
         if self.k:
             return TopKScores(joined("ids_TK"), joined("top_logp_TK"))

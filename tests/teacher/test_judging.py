@@ -12,14 +12,15 @@ from megatron_opd import parallel as mesh
 from megatron_opd.judging import Judges
 from megatron_opd.loss import Objective
 from megatron_opd.model import build_model, export_hf, load_hf
-from megatron_opd.packing import needed_microbatches, pack
+from megatron_opd.packing import pack
 from megatron_opd.step import make_student, train_step
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.teacher.server import _passages
 from tests.distributed import run_ranks
 from tests.hf import hf_model, write_checkpoint
-from tests.test_step import ADAMW, PADDED, SHAPES, TEACHER, assert_same
+from tests.layouts import Layout, pack_here
 from tests.tiny import VOCAB, make_prompts, make_rollouts, qwen3
+from tests.training import ADAMW, PADDED, SHAPES, TEACHER, assert_same
 
 TOPK = Objective("student_topk", k=8, chunk_tokens=7)
 PAIR = ("code", "math")
@@ -45,7 +46,7 @@ def routed(lengths=(9, 2, 6, 1, 11, 3, 7, 4)):
 
 def _judges(parallel, names):
     """Teachers of different depth and width."""
-    networks = {"code": qwen3(vocab_size=47, **TEACHER), "math": qwen3(num_hidden_layers=2)}
+    networks = {"code": TEACHER, "math": qwen3(num_hidden_layers=2)}
     built = {}
     for seed, name in enumerate(PAIR, 2):
         how = dict(dtype=torch.float32, padded_vocab=PADDED, trainable=False, seed=seed)
@@ -62,16 +63,13 @@ def _student(parallel, optimizer=ADAMW):
 
 def _pack(parallel, rollouts, tokens, *, shares=None):
     mine = rollouts[parallel.dp_rank :: parallel.dp] if shares is None else shares[parallel.dp_rank]
-    count = max(parallel.agree(lambda: needed_microbatches(mine, tokens)))
-    multiple = parallel.tp if parallel.sequence_parallel else 1
-    how = dict(microbatch_tokens=tokens, count=count, multiple=multiple)
-    return pack(mine, measure_fraction=0.5, seed=4, **how)
+    return pack_here(mine, parallel, microbatch_tokens=tokens, measure_fraction=0.5, seed=4)
 
 
 def _train(rank, layout, how):
     """Take two steps; return the metrics of each and the weights at the end."""
-    options = dict(sp=False, tokens=40, reverse=False) | how
-    parallel = mesh.initialize(*layout, sequence_parallel=options["sp"])
+    options = dict(tokens=40, reverse=False) | how
+    parallel = layout.join()
     student, judges = _student(parallel), _judges(parallel, PAIR)
     rollouts = routed()[:: -1 if options["reverse"] else 1]
     batches, history = _pack(parallel, rollouts, options["tokens"]), []
@@ -83,22 +81,23 @@ def _train(rank, layout, how):
 
 @cache
 def one_process():
-    return run_ranks(_train, 1, (1, 1), {})[0]
+    return run_ranks(_train, 1, Layout(), {})[0]
 
 
 @pytest.mark.parametrize(
-    ("world", "layout", "how"),
+    ("layout", "how"),
     [
-        (2, (2, 1), dict(sp=True)),
-        (2, (1, 2), {}),
-        (2, (1, 1), {}),
-        (1, (1, 1), dict(tokens=24, reverse=True)),
+        (Layout(tp=2, sp=True), {}),
+        (Layout(pp=2), {}),
+        (Layout(dp=2), {}),
+        (Layout(cp=2), {}),
+        (Layout(), dict(tokens=24, reverse=True)),
     ],
-    ids=["TP2+SP", "PP2", "DP2", "small"],
+    ids=str,
 )
-def test_routing_and_other_prompts_at_every_layout_and_packing(world, layout, how):
+def test_routing_and_other_prompts_at_every_layout_and_packing(layout, how):
     one = one_process()
-    for history, weights in run_ranks(_train, world, layout, how):
+    for history, weights in run_ranks(_train, layout.world, layout, how):
         assert_same(one, (history, weights), atol=1e-6)
     first = one[0][0]
     for name in ("teacher/nll", "distill/support_kl", "loss/objective"):
@@ -112,7 +111,7 @@ def _gradient(rank, names, shares):
     parallel = mesh.initialize()
     student, judges = _student(parallel, PLAIN), _judges(parallel, names)
     mine = [r for r in routed() if r.prompt.teacher in names]
-    # a replica without a sample of some teacher: equally many rollouts on each
+    # a replica without a sample of some teacher
     split = [[r for r in mine if r.prompt.teacher == name] for name in PAIR] if shares else None
     batches = _pack(parallel, mine, 40, shares=split)
     train_step(student, batches, judges.score(batches), TOPK)

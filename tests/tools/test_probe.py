@@ -80,6 +80,7 @@ def test_what_the_user_got_wrong_is_one_line(home, tmp_path):
         (("coherence", "--tokens", "1", *new), "--tokens: got 1, expected 2 or more"),
         (("length", "parallel.tp=2", *new), "parallel: got tp=2 on 1 ranks, expected one"),
         (("length", "parallel.cp=2", *new), "parallel: got cp=2 on 1 ranks, expected one"),
+        (("length", "teacher.parallel.tp=1", *new), "teacher.parallel: set, but here both models"),
         (
             ("length", "rollout.engine=vllm", *new),
             "rollout.engine: got 'vllm', expected megatron",
