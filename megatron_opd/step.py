@@ -73,7 +73,8 @@ class Student:
         they are tied, is added in the backward.
         """
         head = self.model.head(self.vocab_size)
-        return replace(head, gradient_VH=head.weight_VH.main_grad)
+        weight: Any = head.weight_VH
+        return replace(head, gradient_VH=weight.main_grad)
 
     def hand_over_head(self) -> None:
         """Say that the head's gradient is complete, to whom the others' hooks in autograd say it.
@@ -101,11 +102,13 @@ def make_student(
     `ddp` sets fields of `DistributedDataParallelConfig`: see `ddp_config`.
     """
     how = ddp_config(ddp or {}, distributed=optimizer.distributed)
-    chunks = [DistributedDataParallel(model.config, how, chunk) for chunk in model.chunks]
+    chunks: list[Any] = [
+        DistributedDataParallel(model.config, how, chunk) for chunk in model.chunks
+    ]
     adamw = get_megatron_optimizer(_optimizer_config(optimizer, model.config.params_dtype), chunks)
     assert float(adamw.get_loss_scale()) == 1.0, "the head's gradient would be without it"
     model.config.grad_scale_func = adamw.scale_loss
-    no_sync = [chunk.no_sync for chunk in chunks]
+    no_sync: Any = [chunk.no_sync for chunk in chunks]
     model.config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
     return Student(
         model=model,

@@ -70,10 +70,15 @@ FAMILIES = {
 }
 
 
+def hf_config(family: str, **changes):
+    """Return a tiny `transformers` configuration."""
+    name, special = FAMILIES[family]
+    return getattr(transformers, f"{name}Config")(**{**_SHAPE, **special, **changes})
+
+
 def hf_model(family: str, *, dtype=torch.float32, seed: int = 0, **changes):
     """Return a `transformers` model with random weights, norms and biases included."""
-    name, special = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**{**_SHAPE, **special, **changes})
+    name, config = FAMILIES[family][0], hf_config(family, **changes)
     config._attn_implementation = "eager"
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     draw = torch.Generator().manual_seed(seed)

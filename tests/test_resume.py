@@ -12,7 +12,13 @@ import pytest
 from tests.test_train import exported, make_home, records, run
 
 # of the optimiser: at 1e-8 its first steps are the sign of rounding
-WORDS = ["train.steps=4", "run.save_every=2", "optimizer.eps=1e-3", "eval.prompts=[]", "eval.every=0"]
+WORDS = [
+    "train.steps=4",
+    "run.save_every=2",
+    "optimizer.eps=1e-3",
+    "eval.prompts=[]",
+    "eval.every=0",
+]
 LAYOUTS = {
     "one": (1, []),
     "TP2": (2, ["parallel.tp=2"]),

@@ -37,13 +37,6 @@ def qwen3_moe(**changes) -> dict:
     return qwen3(model_type="qwen3_moe", norm_topk_prob=True, **{**experts, **changes})
 
 
-def moe(**changes) -> dict:
-    """Return a tiny Qwen3 whose every other layer has four experts, with some keys changed."""
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    sparse = {"model_type": "qwen3_moe", "norm_topk_prob": True, "decoder_sparse_step": 2}
-    return qwen3(**experts, **sparse, **changes)
-
-
 def make_prompts(lengths, seed: int = 0) -> list[Prompt]:
     """Return random prompts of the given lengths."""
     draw = torch.Generator().manual_seed(seed)

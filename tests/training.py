@@ -42,6 +42,7 @@ class Setup:
     steps: int = 2
     optimizer: cfg.Optimizer = ADAMW
     dtype: torch.dtype = torch.float32
+    teacher_dtype: torch.dtype | None = None  # None: the student's
     megatron: Mapping = field(default_factory=dict)
     ddp: Mapping = field(default_factory=dict)
 
@@ -63,7 +64,8 @@ def make(setup: Setup, parallel) -> tuple[Student, MegatronTeacher]:
     how = {"payload": setup.payload, "k": objective.k}
     how["temperature"] = objective.teacher_temperature
     hf = setup.network if setup.teacher is None else setup.teacher
-    return student, judge(parallel, hf, setup.dtype, seed=1 if alike else 2, **how)
+    dtype = setup.teacher_dtype or setup.dtype
+    return student, judge(parallel, hf, dtype, seed=1 if alike else 2, **how)
 
 
 def judge(parallel, hf, dtype=torch.float32, *, seed, **how) -> MegatronTeacher:

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from megatron_opd import platform
 from megatron_opd.model import config as hf_config
@@ -76,6 +78,8 @@ def build_model(
         )
     rows = padded_vocab or hf_config.padded_vocab(arch.vocab_rows, parallel.tp)
     model = Stage([_chunk(arch, config, parallel, chunk, rows) for chunk in range(parallel.vpp)])
+    if arch.experts and parallel.ep > 1 and parallel.etp > 1:
+        _refuse_on_gloo(parallel)
     if parallel.etp != parallel.tp:
         _reduce_as_experts(model)
     model.to(parallel.device)
@@ -102,12 +106,25 @@ def _chunk(
     )
     model.architecture = arch
     if arch.scaled_embeddings and model.pre_process:
-        scale = torch.tensor(arch.hidden**0.5, dtype=config.params_dtype).item()
-        model.embedding.register_forward_hook(lambda module, given, embedded: embedded * scale)
+        model.embedding.register_forward_hook(_scaled)
     if arch.latent is None:  # else every layer has its own
         # a plain attribute, so no cast of the module reaches it: it stays fp32
         model.rotary_pos_emb.inv_freq = arch.inv_freq().to(parallel.device)
     return model
+
+
+def _scaled(embedding: Any, given: Any, embedded: Tensor) -> Tensor:
+    """Multiply by √hidden, rounded to the dtype as transformers does."""
+    return embedded * torch.tensor(embedded.size(-1) ** 0.5, dtype=embedded.dtype)
+
+
+def _refuse_on_gloo(parallel: Parallel) -> None:
+    """Refuse what gloo does on CPUs alone, where `platform` gathers in its place."""
+    if dist.get_backend(parallel.etp_group) == "gloo" and parallel.device.type != "cpu":
+        raise ValueError(
+            f"parallel: ep={parallel.ep} with etp={parallel.etp} needs NCCL: gloo does not gather "
+            "unlike numbers of tokens; set parallel.etp to 1"
+        )
 
 
 def _reduce_as_experts(model: Stage) -> None:
@@ -116,6 +133,7 @@ def _reduce_as_experts(model: Stage) -> None:
     Megatron marks them so with ep > 1 alone; with etp < tp those are not the data-parallel ranks
     either.
     """
+    parameter: Any
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:
             parameter.allreduce = False

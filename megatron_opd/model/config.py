@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_opd.model import rope
 from megatron_opd.model.families import (
     ACTIVATIONS,
     FAMILIES,
@@ -26,14 +27,6 @@ from megatron_opd.model.families import (
 
 HFConfig = Mapping[str, Any] | str | Path  # the parsed file, the file, or the folder it is in
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-_ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor",),
-}
 
 
 @dataclass(frozen=True)
@@ -87,6 +80,7 @@ class Architecture:
     zero_centered: bool  # norms multiply by 1 + weight
     scaled_embeddings: bool  # by √hidden
     experts: Experts | None  # None: a dense model
+    predictors: int  # layers after these that predict further tokens: not used
     latent: Latent | None  # None: plain attention, perhaps with fewer key-value heads
     rope: Mapping[str, Any]  # rope_type, rope_theta and the parameters of the type
     dtype: torch.dtype | None  # None: the file does not say
@@ -97,61 +91,18 @@ class Architecture:
         return self.layers * max(1, self.kv_heads // tp) * (self.head_dim + value)
 
     def inv_freq(self) -> Tensor:
-        """Return the rotary inverse frequencies, fp32 `[d / 2]` for the d rotated of a head.
-
-        default: θ^(-2i/d). linear: that / factor. llama3 (Llama 3.1): wavelengths above
-        original / low_freq_factor are divided by factor, those below original / high_freq_factor
-        are kept, and the ones between are interpolated. yarn (arXiv:2309.00071): likewise between
-        beta_slow and beta_fast turns, but by the number of the frequency.
-        """
-        dim = self.latent.rotated if self.latent else self.head_dim
-        trained = 1.0 / (self.rope["rope_theta"] ** (torch.arange(0, dim, 2).float() / dim))
-        if self.rope["rope_type"] == "default":
-            return trained
-        slow = trained / self.rope["factor"]
-        if self.rope["rope_type"] == "linear":
-            return slow
-        keep = self._kept(trained, dim)  # 0: slow, 1: as trained
-        return (1 - keep) * slow + keep * trained
-
-    def _kept(self, trained: Tensor, dim: int) -> Tensor:
-        rope, positions = self.rope, self.rope["original_max_position_embeddings"]
-        if rope["rope_type"] == "llama3":
-            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-            turns = positions * trained / (2 * math.pi)
-            return ((turns - low) / (high - low)).clamp(0.0, 1.0)
-        per_log = dim / (2 * math.log(rope["rope_theta"]))
-        first, last = (
-            per_log * math.log(positions / (turns * 2 * math.pi))
-            for turns in (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)
-        )
-        if rope.get("truncate", True):
-            first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, dim - 1)
-        ramp = (torch.arange(dim // 2).float() - first) / (last - first or 0.001)
-        return 1 - ramp.clamp(0.0, 1.0)
+        """Return the rotary inverse frequencies, fp32 `[d / 2]` for the d rotated of a head."""
+        return rope.inv_freq(self.rope, self.latent.rotated if self.latent else self.head_dim)
 
     def attention_scale(self) -> float | None:
         """Return what queries times keys are multiplied by; None: 1/√head_dim.
 
-        yarn multiplies both by 0.1 ln factor + 1, unless the file says otherwise. (Of latent
-        attention, where it is for the rotated part alone, Megatron sees to it.)
+        (Of latent attention, where yarn's factor is for the rotated part alone, Megatron sees to
+        it.)
         """
-        rope = self.rope
-        if rope["rope_type"] != "yarn" or self.latent:
+        if self.rope["rope_type"] != "yarn" or self.latent:
             return None
-        grown = rope.get("attention_factor")
-        if grown is None:
-            parts = rope.get("mscale"), rope.get("mscale_all_dim")
-            if all(parts):
-                grown = _mscale(rope, parts[0]) / _mscale(rope, parts[1])
-            else:
-                grown = _mscale(rope, 1.0)
-        return grown**2 / math.sqrt(self.head_dim)
-
-
-def _mscale(rope: Mapping[str, Any], by: float) -> float:
-    return 1.0 if rope["factor"] <= 1 else 0.1 * by * math.log(rope["factor"]) + 1.0
+        return rope.yarn_factor(self.rope) ** 2 / math.sqrt(self.head_dim)
 
 
 def read_config(hf: HFConfig) -> dict[str, Any]:
@@ -218,7 +169,8 @@ def architecture(hf: HFConfig) -> Architecture:
         scaled_embeddings=family.scaled_embeddings,
         experts=_experts(config, family.mixture, file) if family.mixture else None,
         latent=latent,
-        rope=_rope(config, family, file),
+        predictors=config.get("num_nextn_predict_layers") or 0,
+        rope=rope.read(config, family, file),
         dtype=_dtype(config, file),
     )
 
@@ -323,28 +275,6 @@ def _refuse_sliding_window(config: Mapping[str, Any], family: Family, file: str)
             f"{file}: sliding_window={window} is not supported, expected null or at least "
             f"max_position_embeddings={positions}"
         )
-
-
-def _rope(config: Mapping[str, Any], family: Family, file: str) -> dict[str, Any]:
-    """Merge `rope_theta` + `rope_scaling`, or `rope_parameters` since transformers 5."""
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    rope.setdefault("rope_type", rope.get("type", "default"))
-    rope.setdefault("rope_theta", config.get("rope_theta", family.theta))
-    rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
-    kind = rope["rope_type"]
-    if kind not in _ROPE_KEYS:
-        raise ValueError(f"{file}: rope_type={kind!r}, expected one of {', '.join(_ROPE_KEYS)}")
-    for key in _ROPE_KEYS[kind]:
-        _need(rope, key, f"{file}: rope_type={kind}")
-    refused = {"partial_rotary_factor": 1.0, "attn_factor": None}  # vLLM alone reads the latter
-    if family.latent:
-        refused["attention_factor"] = None
-        if kind not in ("default", "yarn"):
-            raise ValueError(f"{file}: rope_type={kind!r}, expected one of default, yarn")
-    for key, only in refused.items():
-        if rope.get(key, only) != only:
-            raise ValueError(f"{file}: {key}={rope[key]} is not supported, expected {only}")
-    return rope
 
 
 def _dtype(config: Mapping[str, Any], file: str) -> torch.dtype | None:

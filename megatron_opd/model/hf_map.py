@@ -69,6 +69,11 @@ def manifest(arch: Architecture) -> dict[str, Shape]:
     return {name: shape for weight in weights(arch) for name, shape in weight.hf.items()}
 
 
+def spare_layers(arch: Architecture) -> tuple[str, ...]:
+    """Return how tensors begin that a checkpoint may have besides: of multi-token prediction."""
+    return tuple(f"model.layers.{arch.layers + extra}." for extra in range(arch.predictors))
+
+
 def stage_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Return this rank's weights, layers and experts numbered as in the whole model.
 

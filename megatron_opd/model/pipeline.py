@@ -9,6 +9,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -42,12 +43,13 @@ def run_schedule(
 
     def forward_step(indices, model):
         index = next(indices)
-        if index < len(microbatches):
-            return forward(model, run[index]), lambda hidden, **_: last_stage(index, hidden)
-        training = model.training
-        model.eval()  # so that its tokens have no part in the losses of routers
-        hidden = forward(model, run[index])
-        model.train(training)
+        real = index < len(microbatches)
+        if count == len(microbatches):
+            hidden = forward(model, run[index])
+        else:
+            hidden = _forward_beside_empty(model, run[index], counts=real)
+        if real:
+            return hidden, lambda hidden, **_: last_stage(index, hidden)
         return hidden, lambda hidden, **_: None if forward_only else _nothing(hidden)
 
     told = get_forward_backward_func()(
@@ -101,6 +103,22 @@ def _empty(config: TransformerConfig, device: torch.device) -> Microbatch:
     )
 
 
+def _forward_beside_empty(model: Any, microbatch: Microbatch, *, counts: bool) -> Tensor:
+    """Run a microbatch of a schedule where some are empty: their tokens are not for routers to
+    balance, neither now nor where activations are computed again in the backward."""
+    routers = [m for m in model.modules() if isinstance(m, TopKRouter) and model.training]
+
+    def switch(*_: Tensor) -> None:
+        for router in routers:
+            router.train(counts)  # only then do they have losses of their own
+
+    switch()
+    hidden = forward(model, microbatch)
+    if hidden.requires_grad:
+        hidden.register_hook(switch)
+    return hidden
+
+
 def _nothing(hidden: Tensor) -> tuple[Tensor, Tensor, None]:
     """Return a loss of 0 over no tokens, through whose backward zeros go."""
     return hidden.sum() * 0, torch.zeros((), dtype=torch.int, device=hidden.device), None
@@ -116,6 +134,7 @@ class _KnownShapes(P2PCommunicator):
 
     def __init__(self, pp_group: Any, config: TransformerConfig, lengths: Sequence[int]):
         super().__init__(pp_group, config)
+        self._width = 1, config.hidden_size
         chunks = config.virtual_pipeline_model_parallel_size or 1
         at_once = config.microbatch_group_size_per_vp_stage
         order = get_schedule_table(len(lengths), chunks, at_once)
@@ -126,7 +145,7 @@ class _KnownShapes(P2PCommunicator):
 
     def _communicate_shapes(self, tensor_send_next, tensor_send_prev, recv_prev, recv_next):
         """Return the shapes of what comes from the previous stage, and from the next."""
-        hidden = 1, self.config.hidden_size
+        hidden = self._width
         prev = (next(self._from_prev), *hidden) if recv_prev else (0, *hidden)
         return prev, (next(self._from_next), *hidden) if recv_next else (0, *hidden)
 

@@ -65,7 +65,7 @@ def _portable(layer: ModuleSpec) -> ModuleSpec:
     parts: Any = layer.submodules
     attention = parts.self_attention
     latent = attention.module is MLASelfAttention
-    own = {"core_attention": CausalAttention}
+    own: dict[str, Any] = {"core_attention": CausalAttention}
     for norm in ("q_layernorm", "kv_layernorm" if latent else "k_layernorm"):
         identity = getattr(attention.submodules, norm) is IdentityOp
         own[norm] = IdentityOp if identity else RMSNorm

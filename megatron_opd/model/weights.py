@@ -4,6 +4,7 @@ Every rank reads just its own slices. Exporting streams: one fused parameter at 
 """
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,16 +18,24 @@ from megatron_opd.model.config import Architecture, HFConfig, architecture
 from megatron_opd.model.dist_files import MegatronFiles
 from megatron_opd.model.gpt import Stage
 from megatron_opd.model.hf_files import (
-    ShardWriter,
     TensorFiles,
     fresh_folder,
     sane,
     write_description,
 )
-from megatron_opd.model.hf_map import Shape, Weight, manifest, stage_parameters, weights
+from megatron_opd.model.hf_map import (
+from megatron_opd.model.hf_writer import ShardWriter
+    Shape,
+    Weight,
+    manifest,
+    spare_layers,
+    stage_parameters,
+    weights,
+)
 from megatron_opd.parallel import Parallel
 from megatron_opd.types import Head
 
+log = logging.getLogger("megatron_opd")
 # name, whole shape, dim, start, stop → the slice (dim None: the whole tensor)
 _Read = Callable[[str, Shape, int | None, int, int], Tensor]
 
@@ -38,7 +47,7 @@ def load_hf(
 
     The vocabulary tables may have other rows than the model: missing rows become zero, and rows
     that do not fit are dropped, unless one of the first `vocab_size` (default: all that config.json
-    counts) is among them.
+    counts) is among them. Layers that predict further tokens are left out, with a warning.
 
     Raises:
         ValueError: files, names or shapes do not fit (before any tensor is read), or a tensor is
@@ -49,6 +58,8 @@ def load_hf(
         needed = vocab_size or model.architecture.vocab_rows
         files = _open(folder, model.architecture, needed)
         _check_rows("the model's padded vocabulary", model.vocab_size, needed)
+        if parallel.is_main and files.any_begins(spare_layers(model.architecture)):
+            log.warning("%s: its multi-token prediction is neither trained nor exported", folder)
         fill_from(model, files)
         return files.bytes_read
 
@@ -121,7 +132,7 @@ def check_files(folder: str | Path, *, vocab_size: int = 0) -> None:
 
 def _open(folder: str | Path, arch: Architecture, needed: int) -> TensorFiles:
     files, tables = TensorFiles(folder), _tables(arch)
-    files.check(manifest(arch), free_rows=tables)
+    files.check(manifest(arch), free_rows=tables, spare=spare_layers(arch))
     for name in tables:
         _check_rows(f"{name} of {files.folder}", files.shape(name)[0], needed)
     return files
@@ -137,7 +148,7 @@ def _check_rows(table: str, rows: int, needed: int) -> None:
 
 
 def init_random(model: Stage, *, seed: int) -> None:
-    """Draw weights to train from scratch: N(0, initializer_range), norms 1, biases 0.
+    """Draw weights to train from scratch: N(0, initializer_range), norms that do nothing, biases 0.
 
     Projections back into the residual stream get initializer_range / √(2 · layers), as Megatron
     does. A tensor's values depend on its Hugging Face name and `seed` alone: not on the layout.
@@ -146,8 +157,9 @@ def init_random(model: Stage, *, seed: int) -> None:
     rows = {name: weight for weight in weights(arch) for name in weight.hf}
 
     def draw(name: str, shape: Shape, dim: int | None, start: int, stop: int) -> Tensor:
-        if rows[name].start is not None:
-            whole = torch.full(shape, rows[name].start)
+        constant = rows[name].start
+        if constant is not None:
+            whole = torch.full(shape, constant)
         else:
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -200,8 +212,8 @@ def export_hf(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every Hugging Face tensor, whole, in manifest order, on every rank of the replica.
 
-    Collective over the replica: all its ranks iterate to the end; with ep > 1 over all replicas,
-    because an expert may lie on another one (see `takes_part`). Tables have `vocab_size` rows
+    Collective over the replica: all its ranks iterate to the end. Where replicas share experts, it
+    is over all of them (see `Parallel.exports`). Tables have `vocab_size` rows
     (None: those of config.json). Tensors have the model's device and dtype (but see
     `Weight.dtype`), and may share memory with its parameters: do not write.
     """
@@ -219,11 +231,6 @@ def export_hf(
                 source = dist.get_global_rank(parallel.pp_group, stage)
                 dist.broadcast(tensor, source, group=parallel.pp_group)
             yield name, tensor
-
-
-def takes_part(parallel: Parallel) -> bool:
-    """Say whether this rank must iterate an export that only the first replica has a use for."""
-    return parallel.dp_rank == 0 or parallel.ep > 1
 
 
 def _shard_of(
@@ -287,7 +294,7 @@ def save_hf(
         for name, shape in weight.hf.items()
     }
     writer = ShardWriter(draft, kinds, max_shard_bytes)
-    problem = _write(writer, model, parallel) if takes_part(parallel) else None
+    problem = _write(writer, model, parallel) if parallel.exports else None
 
     def publish() -> None:
         if problem is not None:

@@ -245,6 +245,19 @@ def test_leftovers_that_transformers_ignores_are_ignored(tmp_path):
     assert all(torch.equal(tensor, original[name]) for name, tensor in exported)
 
 
+def test_layers_of_multi_token_prediction_are_left_out_and_no_others(tmp_path):
+    folder = write_checkpoint(tmp_path, "deepseek_v3")
+    extra = {"model.layers.4.eh_proj.weight": torch.ones(3)}
+    damaged(folder, lambda t: t.update(extra))
+    check_files(folder)
+    ((_, exported),) = round_trips(folder, LAYOUTS[0])
+    assert not extra.keys() & {name for name, _ in exported}
+    config = read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
+    assert "unknown: model.layers.4.eh_proj.weight" in refused(folder)
+
+
+
 def _save(rank, folder, layout, target, source, limit):
     model, parallel = load(folder, layout, torch.bfloat16)
     load_hf(model, folder, parallel)
