@@ -76,7 +76,7 @@ def hf_config(family: str, **changes):
     return getattr(transformers, f"{name}Config")(**{**_SHAPE, **special, **changes})
 
 
-def hf_model(family: str, *, dtype=torch.float32, seed: int = 0, **changes):
+def hf_model(family: str, *, dtype=torch.float32, seed: int = 0, std: float = 0.15, **changes):
     """Return a `transformers` model with random weights, norms and biases included."""
     name, config = FAMILIES[family][0], hf_config(family, **changes)
     config._attn_implementation = "eager"
@@ -85,7 +85,7 @@ def hf_model(family: str, *, dtype=torch.float32, seed: int = 0, **changes):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=draw)
-            parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.15 * noise)
+            parameter.copy_(1 + 0.3 * noise if "norm" in name else std * noise)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=draw))

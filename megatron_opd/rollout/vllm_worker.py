@@ -17,6 +17,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -152,6 +153,8 @@ def _whole_shapes(model: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
         if prefix == "lm_head" and model.config.tie_word_embeddings:
             continue  # the embedding's, under a second name
         for kind, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, MLAAttention):
+                continue  # made of kv_b_proj, and made again when an update is finished
             shape = tuple(parameter.shape)
             if isinstance(module, RoutedExperts):  # one tensor for all, as rows
                 ranks = module.moe_config.moe_parallel_config.tp_size

@@ -32,6 +32,17 @@ FAMILIES = {
     "qkv-bias": "qwen2",
     "llama": "llama",
     "experts": "qwen3_moe",
+    "latent": "deepseek_v2",
+}
+LATENT = {  # the heads that vLLM has such attention for on a CPU
+    "std": 0.05,  # they are wide: attention scores of hundreds would magnify rounding
+    "moe_intermediate_size": 64,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_group": 1,
+    "topk_group": 1,
 }
 
 
@@ -45,6 +56,7 @@ def checkpoints(tmp_path_factory):
             root, family = tmp_path_factory.mktemp(kind), FAMILIES[kind]
             sizes = SIZES | ({"head_dim": 32} if "qwen3" in family else {})
             sizes |= {"moe_intermediate_size": 64} if "moe" in family else {}
+            sizes |= LATENT if kind == "latent" else {}
             for seed in (0, 1):
                 write_checkpoint(root / str(seed), family, seed=seed, **sizes)
                 train_tokenizer(root / str(seed))
@@ -104,6 +116,7 @@ def _student(rank, folder, rollouts):
         ("tied", (2, 2), 1, {"bucket_bytes": 1}),
         ("experts", (1, 1), 1, {}),
         ("experts", (2, 1), 2, {"bucket_bytes": 1}),
+        ("latent", (1, 1), 1, {}),
     ],
 )
 def test_after_a_sync_the_engine_is_the_student(checkpoints, kind, layout, tp, how):
