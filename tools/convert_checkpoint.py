@@ -1,33 +1,45 @@
-"""Convert a checkpoint between Hugging Face and Megatron, on the CPU, at any tp × pp."""
+"""Convert a checkpoint between Hugging Face and Megatron, tensor by tensor, without a GPU."""
 
 import argparse
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 if __name__ == "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anyone looks: conversion takes no GPU
 
 import torch
-import torch.distributed as dist
-from torch.multiprocessing.spawn import start_processes
 
-from megatron_opd import parallel as mesh
-from megatron_opd.model import architecture, build_model, check_layout, load_hf, save_hf
-from megatron_opd.model.hf_files import TensorFiles
-from megatron_opd.model.torch_dist import HF, load_megatron, save_megatron
+from megatron_opd.model import architecture
+from megatron_opd.model.convert import (
+    Compare,
+    Different,
+    ToHuggingFace,
+    ToMegatron,
+    dtypes,
+    evict,
+    fingerprint,
+    open_hf,
+)
+from megatron_opd.model.dist_files import MegatronFiles, checkpoint_folder
+from megatron_opd.model.hf_map import weights
+from megatron_opd.model.parts import Draft, check_room, draft_of, run
+from megatron_opd.model.torch_dist import HF
 
 DESCRIPTION = """\
-Convert a checkpoint between Hugging Face safetensors and Megatron-Core torch_dist, bit by bit:
-the dtype is kept. Works on the CPU and starts its tp × pp processes itself; a Megatron checkpoint
-written at one layout loads at any other. A training run's checkpoint is one too: the state of its
-optimizer is left behind."""
+Convert a checkpoint between Hugging Face safetensors and Megatron-Core torch_dist, bit by bit. No
+model is built: memory is a few tensors for each worker. A Megatron checkpoint has no layout: any
+tp, pp, vpp and ep loads it, and it may come from any. A training run's is one too, and so is
+Megatron-LM's own: what is of their optimizer is left behind. After a crash, the same command goes
+on with what is not finished."""
 EXAMPLES = """\
 examples:
-  %(prog)s hf-to-megatron Qwen3-0.6B qwen3-megatron --tp 2
+  %(prog)s hf-to-megatron Qwen3-32B qwen3-megatron --workers 8 --verify
   %(prog)s megatron-to-hf qwen3-megatron qwen3-hf
-  %(prog)s megatron-to-hf runs/qwen3/checkpoints/step_000050 qwen3-step-50"""
+  %(prog)s megatron-to-hf runs/qwen3/checkpoints/step_000050 qwen3-step-50 --dtype bfloat16
+  %(prog)s megatron-to-hf megatron-lm/checkpoints qwen3-lm --hf Qwen3-32B"""
+DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+PART_BYTES = {"hf-to-megatron": 1 << 29, "megatron-to-hf": 5_000_000_000}  # as shards commonly are
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,71 +54,109 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         ("megatron-to-hf", "read torch_dist, write a folder that from_pretrained loads"),
     ):
         sub = kinds.add_parser(kind, help=text, description=text)
-        sub.add_argument("src", type=Path, help="checkpoint folder to read")
-        sub.add_argument("dst", type=Path, help="folder to write; must not exist")
-        sub.add_argument("--tp", type=int, default=1, help="tensor-parallel processes")
-        sub.add_argument("--pp", type=int, default=1, help="pipeline-parallel processes")
+        sub.add_argument("src", type=Path, metavar="SRC", help="checkpoint folder to read")
+        sub.add_argument("dst", type=Path, metavar="DST", help="folder to write; must not exist")
+        sub.add_argument("--dtype", choices=DTYPES, default="keep", help="default: as it is")
+        sub.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+        sub.add_argument(
+            "--verify",
+            action="store_true",
+            help="then read both again and compare all bits; if DST is there, do just that",
+        )
+        if kind == "megatron-to-hf":
+            sub.add_argument(
+                "--hf", type=Path, help="folder with config.json and tokenizer (default: SRC/hf)"
+            )
     return parser.parse_args(argv)
 
 
-def convert(parallel: mesh.Parallel, args: argparse.Namespace) -> None:
-    """Read SRC and write DST; collective."""
-    source = args.src if args.kind == "hf-to-megatron" else args.src / HF
-    model = build_model(source, parallel, dtype=args.dtype, seed=None)
-    if args.kind == "hf-to-megatron":
-        load_hf(model, source, parallel)
-        save_megatron(model, source, args.dst, parallel)
-    else:
-        load_megatron(model, args.src, parallel)
-        save_hf(model, source, args.dst, parallel)
-
-
-def check(args: argparse.Namespace) -> torch.dtype:
-    """Find what the user got wrong before any process starts; return the checkpoint's dtype.
+def check(args: argparse.Namespace) -> None:
+    """Find what the user got wrong in the arguments.
 
     Raises:
         ValueError: one line: key, got, expected.
     """
-    if args.dst.exists():
+    if args.dst.exists() and not args.verify:
         raise ValueError(f"DST={args.dst} exists; remove it or choose another name")
+    if args.workers < 1:
+        raise ValueError(f"--workers={args.workers}, expected at least 1")
+    args.dtype = DTYPES[args.dtype]
+    if args.kind == "megatron-to-hf":
+        args.src = checkpoint_folder(args.src)
+        args.hf = args.hf or args.src / HF
+        if not args.hf.exists():
+            raise ValueError(
+                f"{args.hf} is missing; give --hf, a folder with config.json and the tokenizer"
+            )
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Read SRC and write DST.
+
+    Raises:
+        ValueError: SRC is not what it should be. OSError: DST cannot be written.
+    """
+    draft, size = draft_of(args.dst), PART_BYTES[args.kind]
     if args.kind == "hf-to-megatron":
-        check_layout(args.src, args.tp, args.pp)
-        return TensorFiles(args.src).dtype()
-    if not (args.src / "metadata.json").exists():
-        raise ValueError(f"SRC={args.src}: has no metadata.json, expected a Megatron checkpoint")
-    check_layout(args.src / HF, args.tp, args.pp)
-    dtype = architecture(args.src / HF).dtype
-    if dtype is None:
-        raise ValueError(f"{args.src / HF / 'config.json'}: dtype is missing")
-    return dtype
-
-
-def _rank(rank: int, args: argparse.Namespace, rendezvous: str) -> None:
-    torch.set_num_threads(1)
-    world = args.tp * args.pp
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-    url = f"file://{rendezvous}/store"
-    dist.init_process_group("gloo", init_method=url, rank=rank, world_size=world)
+        job = ToMegatron(args.src, draft, args.dtype, part_bytes=size)
+        read = [args.src / "config.json", *job.files.files()]
+    else:
+        job = ToHuggingFace(args.src, draft, args.dtype, description=args.hf, part_bytes=size)
+        read = [args.hf / "config.json", *job.files.files()]
+    settings = {
+        "kind": args.kind,
+        "src": str(args.src.resolve()),
+        "dtype": str(args.dtype),
+        "files": fingerprint(read),
+    }
+    check_room(args.dst, job)
+    output = Draft(args.dst, settings)
     try:
-        convert(mesh.initialize(args.tp, args.pp), args)
-    except ValueError as problem:  # known to all ranks
-        (Path(rendezvous) / "error").write_text(str(problem))
-    mesh.shutdown()
+        run(job, args.workers, "convert")
+        job.finish()
+    except ValueError:
+        if not any(job.is_done(part) for part in range(len(job.sizes))):
+            output.drop()
+        raise
+    output.publish()
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Compare SRC and DST, as they are on the disk.
+
+    Raises:
+        Different: names the first tensor that differs. ValueError: a file cannot be read.
+    """
+    there = args.kind == "hf-to-megatron"
+    hf, megatron = (args.src, args.dst) if there else (args.dst, args.src)
+    every, files = weights(architecture(hf)), open_hf(hf)
+    other = MegatronFiles(megatron, architecture(hf))
+    before, after = (files, other) if there else (other, files)
+    evict(after.files())
+    run(Compare(before, after, every, dtypes(before, every, args.dtype)), args.workers, "verify")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program and return its exit code: 0, or 2 after a one-line error."""
+    """Run the program and return its exit code: 1: DST differs from SRC, 2: a one-line error."""
     args = arguments(argv)
     try:
-        args.dtype = check(args)
-        with tempfile.TemporaryDirectory() as rendezvous:
-            world = args.tp * args.pp
-            start_processes(_rank, (args, rendezvous), nprocs=world, start_method="fork")
-            error = Path(rendezvous) / "error"
-            if error.exists():
-                raise ValueError(error.read_text())
+        check(args)
+        if not args.dst.exists():
+            convert(args)
+        if args.verify:
+            verify(args)
+    except Different as problem:
+        print(f"different: {problem}", file=sys.stderr)
+        return 1
     except ValueError as problem:
         print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except (OSError, KeyboardInterrupt) as problem:
+        told, draft = " ".join(str(problem).split()) or "interrupted", draft_of(args.dst)
+        more = (
+            f"; what is finished is in {draft}: the same command goes on" if draft.exists() else ""
+        )
+        print(f"error: {told}{more}", file=sys.stderr)
         return 2
     return 0
 

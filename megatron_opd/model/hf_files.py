@@ -1,22 +1,22 @@
-"""Hugging Face checkpoint folders on disk: slices read lazily, shards written one at a time."""
+"""Hugging Face checkpoint folders on disk: slices read lazily, and what is not weights."""
 
 import json
 import shutil
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_opd.model.config import DTYPES, HFConfig, read_config, read_json
 from megatron_opd.model.hf_map import Shape
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+CODES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAPPED_BYTES = 1 << 27
+_PIECE = 1 << 24  # numbers that are looked at in one go
 # what belongs to a model besides its weights and config.json
 COMPANIONS = (
     "generation_config.json",
@@ -41,16 +41,20 @@ class TensorFiles:
         """
         self.folder = Path(folder)
         self.bytes_read = 0
-        self._slices: dict[str, Any] = {}
-        for file in self._files():
+        self._headers: dict[str, tuple[Path, Shape, str]] = {}
+        self._open: tuple[Path, Any] | None = None
+        self._left = 0  # bytes to read from it
+        for file in self.files():
             try:
-                opened = safe_open(file, framework="pt")
-                names = opened.keys()
-                self._slices.update({name: opened.get_slice(name) for name in names})
+                with safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118  it is no mapping
+                        header = opened.get_slice(name)
+                        shape, dtype = tuple(header.get_shape()), header.get_dtype()
+                        self._headers[name] = file, shape, dtype
             except (OSError, SafetensorError) as problem:
                 raise ValueError(f"{file}: not a readable safetensors file: {problem}") from None
 
-    def _files(self) -> list[Path]:
+    def files(self) -> list[Path]:
         single, index = (self.folder / f"model.safetensors{end}" for end in ("", ".index.json"))
         if not index.exists() and not single.exists():
             raise ValueError(f"{self.folder}: has neither {single.name} nor {index.name}")
@@ -63,44 +67,53 @@ class TensorFiles:
         files = sorted(set(file_of.values()))
         absent = [name for name in files if not (self.folder / name).exists()]
         if absent:
-            raise ValueError(f"{index}: names files that are missing: {_some(absent)}")
+            raise ValueError(f"{index}: names files that are missing: {some(absent)}")
         return [self.folder / name for name in files]
 
     def shape(self, name: str) -> Shape:
-        return tuple(self._slices[name].get_shape())
+        return self._headers[name][1]
 
-    def dtype(self) -> torch.dtype:
-        """Return the one dtype of all tensors.
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor.
 
         Raises:
-            ValueError: they differ, or it is not a floating-point dtype of a model.
+            ValueError: it is not a floating-point dtype of a model.
         """
-        found = {piece.get_dtype() for piece in self._slices.values()}
-        if len(found) > 1 or found - set(_DTYPES):
-            raise ValueError(
-                f"{self.folder}: tensors of dtype {_some(sorted(found))}, expected all of one of "
-                f"{', '.join(_DTYPES)}"
-            )
-        return _DTYPES[found.pop()]
+        file, _, dtype = self._headers[name]
+        if dtype not in CODES:
+            raise ValueError(f"{file}: {name} has dtype {dtype}, expected {', '.join(CODES)}")
+        return CODES[dtype]
 
-    def check(self, expected: Mapping[str, Shape], free_rows: set[str]) -> None:
+    def check(
+        self, expected: Mapping[str, Shape], free_rows: set[str], spare: tuple[str, ...] = ()
+    ) -> None:
         """Compare names and shapes before anything is read; rows of `free_rows` may differ.
+
+        There may be tensors besides whose names begin with one of `spare`.
 
         Raises:
             ValueError: tensors are missing, unknown or of another shape; names them.
         """
         problems = {
-            "missing": [name for name in expected if name not in self._slices],
-            "unknown": [n for n in self._slices if n not in expected and not _ignored(n)],
+            "missing": [name for name in expected if name not in self._headers],
+            "unknown": [
+                name
+                for name in self._headers
+                if name not in expected and not _ignored(name) and not name.startswith(spare)
+            ],
             "wrong shape": [
                 f"{name} {list(self.shape(name))} (expected {list(shape)})"
                 for name, shape in expected.items()
-                if name in self._slices and not self._fits(name, shape, name in free_rows)
+                if name in self._headers and not self._fits(name, shape, name in free_rows)
             ],
         }
-        told = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
+        told = "; ".join(f"{kind}: {some(names)}" for kind, names in problems.items() if names)
         if told:
             raise ValueError(f"{self.folder}: tensors do not fit config.json: {told}")
+
+    def any_begins(self, prefixes: tuple[str, ...]) -> bool:
+        """Say whether there is a tensor whose name begins with one of `prefixes`."""
+        return any(name.startswith(prefixes) for name in self._headers)
 
     def _fits(self, name: str, shape: Shape, free_rows: bool) -> bool:
         first = 1 if free_rows else 0
@@ -108,15 +121,22 @@ class TensorFiles:
 
     def read(self, name: str, dim: int | None, start: int, stop: int) -> Tensor:
         """Read `start:stop` along `dim` (None: the whole tensor), and nothing else."""
-        piece = self._slices[name]
+        piece = self._opened(self._headers[name][0]).get_slice(name)
         if dim is None:
             tensor = piece[:]
         elif dim == 0:
             tensor = piece[start:stop]
         else:
             tensor = piece[:, start:stop]
+        self._left -= tensor.nbytes
         self.bytes_read += tensor.nbytes
         return tensor
+
+    def _opened(self, file: Path) -> Any:
+        """Return the open file, opened anew at times: what is read of a mapped file stays there."""
+        if self._open is None or self._open[0] != file or self._left < 0:
+            self._open, self._left = (file, safe_open(file, framework="pt")), _MAPPED_BYTES
+        return self._open[1]
 
 
 def _ignored(name: str) -> bool:
@@ -124,56 +144,35 @@ def _ignored(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
 
 
-def _some(names: list[str], most: int = 4) -> str:
+def some(names: Sequence[str], most: int = 4) -> str:
+    """Return the first names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
-class ShardWriter:
-    """Write tensors that arrive in manifest order as numbered safetensors and their index."""
+def sane(tensor: Tensor, name: str, *, may_be_zero: bool = False) -> Tensor:
+    """Refuse what an interrupted download or a lost offload leaves behind.
 
-    def __init__(self, folder: Path, sizes: Mapping[str, int], max_shard_bytes: int):
-        """Plan the shards: `sizes` is name → bytes, in order."""
-        self.folder, self.total = folder, sum(sizes.values())
-        self.shard_of: dict[str, int] = {}
-        self.pending: dict[str, Tensor] = {}
-        shard, used = 0, 0
-        for name, size in sizes.items():
-            if used and used + size > max_shard_bytes:
-                shard, used = shard + 1, 0
-            self.shard_of[name], used = shard, used + size
-        self.shards = shard + 1
-        self.left = Counter(self.shard_of.values())
+    Raises:
+        ValueError: values are not finite, or all are zero.
+    """
+    pieces = tensor.split(max(1, _PIECE // max(1, tensor[:1].numel())))
+    zero = [scan(piece, name) for piece in pieces]
+    if all(zero) and tensor.numel() and not may_be_zero:
+        raise ValueError(f"{name} is all zero")
+    return tensor
 
-    def _file(self, shard: int) -> str:
-        if self.shards == 1:
-            return "model.safetensors"
-        return f"model-{shard + 1:05d}-of-{self.shards:05d}.safetensors"
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor; write its shard when that is complete.
+def scan(piece: Tensor, name: str) -> bool:
+    """Say whether all of a part of a tensor is zero.
 
-        Raises:
-            OSError: the disk is full.
-        """
-        shard = self.shard_of[name]
-        self.pending[name] = tensor.detach().cpu().contiguous()
-        self.left[shard] -= 1
-        if self.left[shard] == 0:
-            file, self.pending, tensors = self.folder / self._file(shard), {}, self.pending
-            try:
-                save_file(tensors, file, metadata={"format": "pt"})
-            except SafetensorError as problem:
-                raise OSError(f"{file}: {problem}") from None
-
-    def finish(self) -> None:
-        """Write the index, when there is more than one shard."""
-        assert not any(self.left.values()), "every planned tensor was added"
-        if self.shards > 1:
-            files = {name: self._file(shard) for name, shard in self.shard_of.items()}
-            index = {"metadata": {"total_size": self.total}, "weight_map": files}
-            text = json.dumps(index, indent=2)
-            (self.folder / "model.safetensors.index.json").write_text(text)
+    Raises:
+        ValueError: values are not finite.
+    """
+    total = piece.sum(dtype=torch.float32)  # several times as fast as to look at each of them
+    if not torch.isfinite(total) and not torch.isfinite(piece).all():
+        raise ValueError(f"{name} has values that are not finite")
+    return not total and not piece.any()
 
 
 def fresh_folder(draft: Path, final: Path) -> None:

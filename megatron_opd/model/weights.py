@@ -17,14 +17,8 @@ from torch import Tensor
 from megatron_opd.model.config import Architecture, HFConfig, architecture
 from megatron_opd.model.dist_files import MegatronFiles
 from megatron_opd.model.gpt import Stage
-from megatron_opd.model.hf_files import (
-    TensorFiles,
-    fresh_folder,
-    sane,
-    write_description,
-)
+from megatron_opd.model.hf_files import TensorFiles, fresh_folder, sane, write_description
 from megatron_opd.model.hf_map import (
-from megatron_opd.model.hf_writer import ShardWriter
     Shape,
     Weight,
     manifest,
@@ -32,6 +26,7 @@ from megatron_opd.model.hf_writer import ShardWriter
     stage_parameters,
     weights,
 )
+from megatron_opd.model.hf_writer import ShardWriter
 from megatron_opd.parallel import Parallel
 from megatron_opd.types import Head
 

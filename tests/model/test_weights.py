@@ -257,7 +257,6 @@ def test_layers_of_multi_token_prediction_are_left_out_and_no_others(tmp_path):
     assert "unknown: model.layers.4.eh_proj.weight" in refused(folder)
 
 
-
 def _save(rank, folder, layout, target, source, limit):
     model, parallel = load(folder, layout, torch.bfloat16)
     load_hf(model, folder, parallel)
