@@ -216,6 +216,19 @@ def test_a_missing_file_and_an_empty_one(tmp_path):
             ["teacher={kind: server, url: http://x, payload: topk, offload: true}"],
             "teacher.offload: got true, but the server",
         ),
+        (
+            ["teacher={kind: server, url: http://x, payload: topk, parallel: {tp: 2}}"],
+            "teacher.parallel: set, but kind=server is split as it was started",
+        ),
+        (
+            ["teacher={path: null, weights: ema, parallel: {tp: 2}}"],
+            "teacher.parallel: set, but with weights=ema the teacher is split as the student is",
+        ),
+        (
+            ["base={path: big, parallel: {vpp: 2}}"],
+            "base.parallel.vpp: got 2, expected 1 with base",
+        ),
+        (["teacher.parallel.cp=2"], "teacher.parallel.cp: no such key; did you mean parallel.cp?"),
         (["teachers={a: {path: big}}"], "teachers: set, and teacher too, which would judge every"),
         (
             ["teacher=null", "teachers={1x: {path: big}}"],
@@ -295,6 +308,10 @@ def test_values_that_agree(load, overrides):
         (["run.keep=3"], ["run.keep: has no effect"]),
         (["teacher.ema_rate=0.1"], ["teacher.ema_rate: has no effect"]),
         (["teacher.max_prompt_tokens=9"], ["teacher.max_prompt_tokens: has no effect"]),
+        (
+            ["teacher.parallel={pp: 2, sequence_parallel: true}"],
+            ["teacher.parallel.sequence_parallel: has no effect"],
+        ),
         (
             ["teacher=null", "teachers={a: {path: big, retries: 1}}"],
             ["teachers.a.retries: has no effect"],

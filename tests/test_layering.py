@@ -43,6 +43,18 @@ MAY_IMPORT = {
     "offload": set(),
     "model": {"parallel", "platform", "types", "zigzag"},
     "memory": {"config", "loss", "model", "parallel"},
+    "planner": {
+        "build",
+        "config",
+        "config_file",
+        "loss",
+        "memory",
+        "model",
+        "parallel",
+        "preflight",
+        "tables",
+        "teacher",
+    },
     # rollout: the client of a server, which writes for one and judges for the other
     "teacher": {
         "config",

@@ -275,7 +275,7 @@ def _own_meshes(plan: Plan) -> Iterator[str]:
 def _memory_table(phases: memory.Memory, device: str) -> list[str]:
     peak, where = memory.peak(phases), {"cpu": "a CPU", "cuda": "a GPU"}[device]
     unit, size = ("GiB", 2**30) if peak >= 2**29 else ("MiB", 2**20)
-    lines = [f"{f'memory of the fullest rank on {where}, estimated':<46} {unit}"]
+    lines = [f"{f'memory of the fullest rank on {where}, estimated':<46}  {unit}"]
     for phase, parts in phases.items():
         for what, need in parts.items():
             lines.append(f"  {phase:<8}  {what:<30} {need / size:8.2f}")

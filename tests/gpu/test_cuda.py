@@ -14,7 +14,7 @@ from megatron_opd.step import Judgement, make_student, train_step
 from megatron_opd.teacher.megatron import MegatronTeacher
 from megatron_opd.types import Head, HiddenScores
 from tests.loss.dense import batch_of, far, make_problem, reference
-from tests.tiny import VOCAB, make_prompts, qwen3
+from tests.tiny import VOCAB, make_prompts, make_rollouts, qwen3
 
 pytestmark = pytest.mark.gpu
 OBJECTIVES = [
@@ -75,3 +75,21 @@ def test_offloading_gives_the_memory_back(parallel):
     teacher = MegatronTeacher(model, parallel, vocab_size=VOCAB, offload=True)
     assert torch.cuda.memory_allocated() - before < 0.1 * resident
     assert teacher.head is not None and teacher.head.weight_VH.is_cuda
+
+
+def test_an_offloaded_optimizer_gives_its_memory_back(parallel):
+    big = qwen3(hidden_size=512, intermediate_size=2048, head_dim=64)
+    frozen = build_model(qwen3(), parallel, dtype=torch.bfloat16, seed=2, trainable=False)
+    teacher = MegatronTeacher(frozen, parallel, vocab_size=VOCAB)
+    batches = [b.to(parallel.device) for b in pack(make_rollouts([(3, 9)]), microbatch_tokens=64)]
+    before = torch.cuda.memory_allocated()
+    model = build_model(big, parallel, dtype=torch.bfloat16, seed=1)
+    adamw = cfg.Optimizer(lr=1e-3, offload=True)
+    student = make_student(model, parallel, adamw, steps=3, vocab_size=VOCAB)
+    start = [p.detach().cpu() for p in model.parameters()]
+    for _ in range(2):
+        judgements = [Judgement(scores) for scores in teacher.score(batches)]
+        train_step(student, batches, judgements, OBJECTIVES[0])
+    weights = sum(p.nbytes for p in model.parameters())
+    assert torch.cuda.memory_allocated() - before < 1.5 * weights  # of 2 + 4 + 12 bytes, 2 stay
+    assert any(not torch.equal(p.cpu(), q) for p, q in zip(model.parameters(), start, strict=True))
