@@ -188,7 +188,7 @@ def _cell(network: str, layout: Layout) -> str:
         return "–"
     found = [errors(network, layout, objective) for objective in OBJECTIVES]
     worst = {name: max(one[name] for one in found) for name in LIMITS}
-    return " · ".join(f"{number:.0e}".replace("e-0", "e-") for number in worst.values())
+    return " · ".join(f"{x:.0e}".replace("e-0", "e-") if x else "0" for x in worst.values())
 
 
 def test_the_readme_has_the_matrix():
