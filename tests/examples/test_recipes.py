@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from megatron_opd import platform
 from megatron_opd.build import load_tokenizer
 from megatron_opd.config_file import load_config
 from tests.tokenizers import train_tokenizer
@@ -53,6 +54,48 @@ QWEN3_4B = {
     "max_position_embeddings": 40960,
     "max_window_layers": 36,
 }
+QWEN3_32B = {
+    **QWEN3,
+    "hidden_size": 5120,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 64,
+    "intermediate_size": 25600,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 64,
+    "tie_word_embeddings": False,
+}
+QWEN3_MOE = {
+    **QWEN3,
+    "model_type": "qwen3_moe",
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "router_aux_loss_coef": 0.001,
+}
+QWEN3_30B_A3B = {
+    **QWEN3_MOE,
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 48,
+}
+QWEN3_235B_A22B = {
+    **QWEN3_MOE,
+    "hidden_size": 4096,
+    "num_hidden_layers": 94,
+    "num_attention_heads": 64,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 94,
+}
 R1_DISTILL_1_5B = {
     "model_type": "qwen2",
     "hidden_size": 1536,
@@ -77,6 +120,32 @@ RECIPES = {
         "DeepSeek-R1-Distill-Qwen-1.5B": R1_DISTILL_1_5B,
         "JustRL-DeepSeek-1.5B": R1_DISTILL_1_5B,
     },
+    "qwen3_1.7b_from_32b": {"Qwen3-1.7B-Base": QWEN3_1_7B, "Qwen3-32B": QWEN3_32B},
+    "qwen3_30b_a3b_from_235b_a22b": {
+        "Qwen3-30B-A3B-Base": QWEN3_30B_A3B,
+        "Qwen3-235B-A22B": QWEN3_235B_A22B,
+    },
+}
+NODE = ["8 = tp 2 × pp 1 × dp 4\n", "on a replica about 64 sequences in"]
+LAYOUTS = {  # ranks, and what the dry run says of them
+    "qwen3_1.7b_from_4b": (8, NODE),
+    "r1_distill_1.5b_from_justrl": (8, NODE),
+    "qwen3_1.7b_from_32b": (
+        8,
+        [
+            "8 = tp 1 × pp 1 × dp 8\n",
+            "teacher.parallel: tp 4 × pp 1 × 2 copies\n",
+            "on a replica about 32 sequences in",
+        ],
+    ),
+    "qwen3_30b_a3b_from_235b_a22b": (
+        32,
+        [
+            "32 = tp 1 × pp 1 × ep 8 × dp 32\n",
+            "teacher.parallel: tp 4 × pp 2 × ep 16 × 4 copies\n",
+            "on a replica about 8 sequences in",
+        ],
+    ),
 }
 TABLE_2 = {
     "student.dtype": "bfloat16",
@@ -102,16 +171,24 @@ TABLE_2 = {
     "train.epochs": 1,
     "train.steps": None,
 }
-BILLIONS = {"qwen3_1.7b_from_4b": (1.72, 4.02), "r1_distill_1.5b_from_justrl": (1.78, 1.78)}
+BILLIONS = {
+    "qwen3_1.7b_from_4b": (1.72, 4.02),
+    "r1_distill_1.5b_from_justrl": (1.78, 1.78),
+    "qwen3_1.7b_from_32b": (1.72, 32.76),
+    "qwen3_30b_a3b_from_235b_a22b": (30.53, 235.09),
+}
 
 
 def parameters(network: dict) -> int:
     """Count the parameters of a decoder from its shape."""
-    hidden, qwen3 = network["hidden_size"], network["model_type"] == "qwen3"
+    hidden, qwen3 = network["hidden_size"], network["model_type"] != "qwen2"
     head_dim = network.get("head_dim", hidden // network["num_attention_heads"])
     q, kv = (head_dim * network[f"num_{x}_heads"] for x in ("attention", "key_value"))
     attention = hidden * (q + 2 * kv) + q * hidden + (2 * head_dim if qwen3 else q + 2 * kv)
-    layer = attention + 3 * hidden * network["intermediate_size"] + 2 * hidden
+    experts, ffn = network.get("num_experts", 0), network["intermediate_size"]
+    if experts:
+        ffn = experts * network["moe_intermediate_size"]
+    layer = attention + 3 * hidden * ffn + hidden * experts + 2 * hidden
     tables = 1 if network["tie_word_embeddings"] else 2
     return network["num_hidden_layers"] * layer + tables * hidden * network["vocab_size"] + hidden
 
@@ -122,9 +199,8 @@ def write_model(folder: Path, network: dict) -> None:
     (folder / "config.json").write_text(json.dumps(network))
     path = folder / "tokenizer_config.json"
     told = json.loads(path.read_text())
-    told["tokenizer_class"] = {"qwen2": "LlamaTokenizerFast", "qwen3": "Qwen2Tokenizer"}[
-        network["model_type"]
-    ]
+    llama = network["model_type"] == "qwen2"
+    told["tokenizer_class"] = "LlamaTokenizerFast" if llama else "Qwen2Tokenizer"
     path.write_text(json.dumps(told))
 
 
@@ -155,7 +231,7 @@ def short(path: Path) -> str:
 class Planned:
     recipe: str
     home: Path
-    told: str  # what the dry run for eight ranks printed
+    told: str  # what the dry run for its ranks printed
 
     @property
     def folder(self) -> Path:
@@ -166,9 +242,9 @@ class Planned:
 def planned(request, tmp_path_factory):
     recipe = request.param
     home = write_home(tmp_path_factory.mktemp(recipe), RECIPES[recipe])
-    config = EXAMPLES / recipe / "config.yaml"
+    config, (ranks, _) = EXAMPLES / recipe / "config.yaml", LAYOUTS[recipe]
     answer = subprocess.run(
-        [sys.executable, "-m", "megatron_opd", config, "--dry-run", "--ranks", "8"],
+        [sys.executable, "-m", "megatron_opd", config, "--dry-run", "--ranks", str(ranks)],
         cwd=home,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -182,8 +258,7 @@ def planned(request, tmp_path_factory):
 def test_a_dry_run_plans_the_step_of_the_paper(planned):
     assert f"{ROWS} prompts" in planned.told
     assert "2 steps of 64 prompts × 4 responses" in planned.told
-    assert "8 = tp 2 × pp 1 × dp 4" in planned.told
-    assert "on a replica about 64 sequences in" in planned.told
+    assert all(line in planned.told for line in LAYOUTS[planned.recipe][1])
     assert sorted(path.name for path in planned.home.iterdir()) == ["data", "models"]
 
 
@@ -196,16 +271,22 @@ def test_a_dry_run_counts_the_parameters(planned):
 
 def test_nothing_but_the_weights_is_missing_and_every_option_has_an_effect(planned):
     warnings = [line for line in planned.told.splitlines() if line.startswith("warning")]
-    assert warnings == [
+    missing = [
         f"warning: {kind}.path: 'models/{name}' has no *.safetensors weights"
         for kind, name in zip(("student", "teacher"), RECIPES[planned.recipe], strict=True)
     ]
+    away = load_config([planned.folder / "config.yaml"]).judging[""].offload
+    if away and platform.device().type == "cpu":
+        missing.append(
+            "warning: teacher.offload: needs a GPU, and there is none; set teacher.offload=false"
+        )
+    assert warnings == missing
 
 
 def test_it_fits_with_room_to_spare_and_the_readme_says_so(planned):
     table = planned.told[planned.told.index("memory of") : planned.told.index("warning")].rstrip()
     peak = re.search(r"peak +([\d.]+)$", table)
-    assert peak and 10 < float(peak[1]) < 50  # GiB of 80
+    assert peak and 10 < float(peak[1]) < 60  # GiB of 80
     assert table in (planned.folder / "README.md").read_text()
 
 

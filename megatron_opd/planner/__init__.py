@@ -1,0 +1,1 @@
+"""Which layouts fit, and what each would take: arithmetic on config.json."""
