@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from megatron_opd import config as cfg
+from megatron_opd import parallel as mesh
 from megatron_opd import schedule
 from megatron_opd.config_file import load_config
 from megatron_opd.context import Context, read_words
@@ -18,7 +19,7 @@ from megatron_opd.data import encode_response, load_prompts, load_sources
 from megatron_opd.judging import Judges
 from megatron_opd.loss import Objective, Total
 from megatron_opd.metrics import RunLog
-from megatron_opd.model import architecture, build_model, load_hf, padded_vocab
+from megatron_opd.model import architecture, build_model, load_head, load_hf, padded_vocab
 from megatron_opd.parallel import Parallel
 from megatron_opd.reward import REWARDS
 from megatron_opd.rollout import RolloutEngine, Sampling, request_seed
@@ -28,10 +29,11 @@ from megatron_opd.rollout.replay import ReplayEngine
 from megatron_opd.rollout.server import Server
 from megatron_opd.rollout.vllm_server import ServerEngine
 from megatron_opd.step import Student, make_student
-from megatron_opd.stream import steps_per_epoch
+from megatron_opd.stream import PromptStream, steps_per_epoch
 from megatron_opd.teacher import Teacher
 from megatron_opd.teacher.ema import EmaTeacher
 from megatron_opd.teacher.megatron import MegatronTeacher, Payload, copy_weights
+from megatron_opd.teacher.mesh import MeshTeacher
 from megatron_opd.teacher.server import ServerTeacher
 from megatron_opd.types import Prompt, Reward
 
@@ -132,6 +134,14 @@ def _check_sources(config: cfg.Config, sources: Sequence[Sequence[Prompt]]) -> N
             )
 
 
+def build_stream(config: cfg.Config, sources: Sequence[Sequence[Prompt]]) -> PromptStream:
+    """Line the prompts of each file up as the data section wants them."""
+    data = config.data
+    return PromptStream(
+        sources, config.seed, shuffle=data.shuffle, weights=data.weights, schedule=data.schedule
+    )
+
+
 def count_steps(config: cfg.Config, prompts: int) -> int:
     """Return the number of updates: train.steps, or the full batches of train.epochs passes."""
     one = steps_per_epoch(config.data.schedule, prompts, config.train.prompts_per_step)
@@ -177,7 +187,9 @@ def build_student(
     )
     if not random:
         load_hf(model, config.student.path, parallel, vocab_size=vocab_size)
-    return make_student(model, parallel, config.optimizer, steps=steps, vocab_size=vocab_size)
+    return make_student(
+        model, parallel, config.optimizer, steps=steps, vocab_size=vocab_size, ddp=config.ddp
+    )
 
 
 def judges(
@@ -199,7 +211,11 @@ def judges(
 def build_judges(config: cfg.Config, objective: Objective | Total, student: Student) -> Judges:
     """Build the models that judge, beside the student, which has its first weights still."""
     built: dict[str, Teacher] = {}
-    for key, (section, payload) in judges(config, objective).items():
+    asked = judges(config, objective)
+    wanted = dict.fromkeys(s.parallel for s, _ in asked.values() if s.parallel is not None)
+    minutes = config.parallel.timeout_minutes
+    meshes = {own: mesh.another(**own.model_dump(), timeout_minutes=minutes) for own in wanted}
+    for key, (section, payload) in asked.items():
         how = {
             "vocab_size": student.vocab_size,
             "offload": section.offload,
@@ -210,6 +226,8 @@ def build_judges(config: cfg.Config, objective: Objective | Total, student: Stud
         }
         if isinstance(section, cfg.Teacher) and section.weights != "file":
             built[key] = _own_teacher(config, section, student, how)
+        elif section.parallel is not None:
+            built[key] = _mesh_teacher(config, section, meshes[section.parallel], student, how)
         else:
             model = _frozen_model(config, section, student)
             load_hf(model, config.folder(section), student.parallel, vocab_size=student.vocab_size)
@@ -232,6 +250,26 @@ def _own_teacher(
         return EmaTeacher(model, student.model, student.parallel, rate=section.ema_rate, **how)
     copy_weights(student.model, model)
     return MegatronTeacher(model, student.parallel, **how)
+
+
+def _mesh_teacher(
+    config: cfg.Config,
+    section: cfg.Frozen,
+    own: Parallel,
+    student: Student,
+    how: dict[str, Any],
+) -> Teacher:
+    """Build a judge on a mesh of its own, and its head's rows that the loss multiplies with."""
+    folder, dtype = config.folder(section), DTYPES[section.dtype or config.student.dtype]
+    with own.current():
+        model = build_model(folder, own, dtype=dtype, trainable=False, seed=None)
+        load_hf(model, folder, own, vocab_size=student.vocab_size)
+    inner, head = MegatronTeacher(model, own, **how, keeps_head=False), None
+    if how["payload"] == "hidden":
+        rows = padded_vocab(architecture(config.student.path).vocab_rows, student.parallel.tp)
+        cut = {"padded_vocab": rows, "vocab_size": student.vocab_size}
+        head = load_head(folder, student.parallel, **cut, dtype=dtype)
+    return MeshTeacher(inner, student.parallel, head)
 
 
 def _frozen_model(config: cfg.Config, section: cfg.Frozen, student: Student) -> Any:

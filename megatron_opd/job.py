@@ -253,7 +253,7 @@ class Job:
             metrics.mean("rollout/data_fraction", not rollout.drawn, 1)
         for name, (total, count) in summary(rollouts).items():
             metrics.mean(name, total, count)
-        packed = sum(batch.token_T.numel() for batch in microbatches) * self.parallel.cp
+        packed = sum(len(r.prompt.token_ids) + len(r.response_ids) - 1 for r in rollouts)
         room = len(microbatches) * self.config.train.microbatch_tokens
         metrics.mean("train/packed_tokens", packed * self.parallel.dp, 1)
         metrics.mean("train/fill", packed, room)

@@ -50,18 +50,19 @@ def make_home(
     spare_rows=3,
     layers=2,
     student="qwen3_tied",
+    teacher="qwen3_tied",
 ) -> Path:
     """Write two real tiny models with their tokenizer, prompts with responses, and a config."""
-    for name, layers, seed in (("student", layers, 1), ("teacher", 4, 2)):
+    families = {"student": student, "teacher": teacher}
+    for name, depth, seed in (("student", layers, 1), ("teacher", 4, 2)):
         tokenizer = train_tokenizer(folder / name, texts, vocab_size=vocab_size)
         shape = dict(
             vocab_size=len(tokenizer) + spare_rows,
-            num_hidden_layers=layers,
-            hidden_size=16 * layers,
-            head_dim=head_dim,
+            num_hidden_layers=depth,
+            hidden_size=16 * depth,
+            **({} if "deepseek" in families[name] else {"head_dim": head_dim}),  # its own
         )
-        family = student if name == "student" else "qwen3_tied"
-        model = hf_model(family, seed=seed, max_position_embeddings=1024, **shape)
+        model = hf_model(families[name], seed=seed, max_position_embeddings=1024, **shape)
         model.save_pretrained(folder / name)
     rows = [
         {"prompt": f"{a} + {a + 1} =", "answer": f"{2 * a + 1}", "response": f"{2 * a + 1}"}

@@ -69,7 +69,7 @@ def test_everything_at_once_at_every_layout(home, layout):
         assert record["loss/total"] == pytest.approx(kd + weight * plus + routed, abs=1e-6)
 
 
-@pytest.mark.parametrize("layout", ["parallel.pp=2", "parallel.pp=1"])
+@pytest.mark.parametrize("layout", ["parallel.pp=2", "parallel.pp=1", "parallel.cp=2"])
 def test_token_grpo_at_every_layout(home, layout):
     words = [
         "objective={support: sampled, form: policy_gradient, group_normalize: std, discount: 1.0}",
