@@ -352,7 +352,7 @@ class Optimizer(Section):
     distributed: bool = True
     """Share the optimizer states out over the data-parallel ranks."""
     offload: bool = False
-    """Keep its states in host memory but for the update, and gradients but in train; needs a GPU."""
+    """Keep its states in host memory but for the update, gradients but in train; needs a GPU."""
 
 
 class Train(Section):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_opd import ahead, build, checkpoint, cost, schedule
+from megatron_opd import ahead, build, checkpoint, cost, inputs, schedule
 from megatron_opd import config as cfg
 from megatron_opd.advantage import of_tokens, summary, with_advantages
 from megatron_opd.ahead import Ahead, key
@@ -43,7 +43,7 @@ class Job:
         plan = parallel.owner(lambda: preflight(config, parallel.world))
         self.steps, self.held_out, self.tokenizer = plan.steps, plan.held_out, plan.tokenizer
         self.warnings = plan.warnings
-        self.stream = build.build_stream(config, plan.sources)
+        self.stream = inputs.build_stream(config, plan.sources)
         self.run_log: RunLog | None = None
         self.ahead: Ahead | None = None  # the responses of the next step
         self.staleness = 0  # updates that the student is ahead of the weights that wrote a step

@@ -8,7 +8,7 @@ from functools import partial
 import psutil
 import torch
 
-from megatron_opd import build, memory, signs
+from megatron_opd import build, inputs, memory, signs
 from megatron_opd.answers import boxed, stated
 from megatron_opd.bench import Who
 from megatron_opd.doctor import evidence, prospects, reference, soundness
@@ -68,7 +68,7 @@ def cautions(m: Material) -> Row:
 def stop_ids(m: Material) -> Row:
     """Compare what ends a response of the run with what ends one of the teacher's."""
     tokenizer = m.plan.tokenizer
-    theirs = build.stop_ids(m.teacher_path, m.tokenizers[1])
+    theirs = inputs.stop_ids(m.teacher_path, m.tokenizers[1])
     names = [
         {index: tokenizer.convert_ids_to_tokens(index) for index in ids}
         for ids in (m.plan.stop_ids, theirs)

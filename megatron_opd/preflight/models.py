@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_opd import build, platform
+from megatron_opd import build, inputs, platform
 from megatron_opd.config import Config, Frozen, Mesh, key_of_teacher, losses
 from megatron_opd.model import architecture, read_config
 from megatron_opd.model import check_layout as check_network_layout
@@ -174,7 +174,7 @@ def check_tokenizers(config: Config, warn: Callable[[str], None]) -> Any:
 
 def check_stop_ids(config: Config, tokenizer: Any, warnings: list[str]) -> tuple[int, ...]:
     """Return the ids that end a response, after checking that there are any."""
-    stops = build.stop_ids(config.student.path, tokenizer, config.rollout.stop_token_ids)
+    stops = inputs.stop_ids(config.student.path, tokenizer, config.rollout.stop_token_ids)
     if config.rollout.engine == "replay" and tokenizer.eos_token_id is None:
         raise ValueError(
             f"student.path: the tokenizer of '{config.student.path}' has no eos_token, with which "
@@ -186,7 +186,7 @@ def check_stop_ids(config: Config, tokenizer: Any, warnings: list[str]) -> tuple
             f"'{config.student.path}' says what ends a response; set rollout.stop_token_ids"
         )
     for name, teacher in config.judging.items():
-        theirs = set(build.stop_ids(config.folder(teacher), tokenizer)) - set(stops)
+        theirs = set(inputs.stop_ids(config.folder(teacher), tokenizer)) - set(stops)
         if theirs:
             warnings.append(
                 f"{key_of_teacher(name)}.path: it may end a response with {sorted(theirs)}, where "
@@ -211,7 +211,7 @@ def load_tokenizer(name: str, path: str) -> Any:
         ValueError: one line, whatever is wrong with its files.
     """
     try:
-        return build.load_tokenizer(path)
+        return inputs.load_tokenizer(path)
     except Exception as problem:  # of what type depends on what is wrong with the files
         told = str(problem).strip().splitlines()[0]
         raise ValueError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_opd import build, memory, platform, schedule
+from megatron_opd import build, inputs, memory, platform, schedule
 from megatron_opd.config import Config
 from megatron_opd.config_rules import cautions
 from megatron_opd.metrics import check_mirrors
@@ -123,9 +123,9 @@ def preflight(config: Config, world: int, *, dry_run: bool = False, writes: bool
     for path in weights(config):
         check_files(path, vocab_size=vocab_size(tokenizer))
     _stop_at(_unreachable(config, vocab_size(tokenizer)), warnings, dry_run=dry_run)
-    sources, held_out = build.load_data(config, tokenizer, warnings.append)
+    sources, held_out = inputs.load_data(config, tokenizer, warnings.append)
     check_spaces(tokenizer, next(prompt for source in sources for prompt in source))
-    steps = build.count_steps(config, sum(map(len, sources)))
+    steps = inputs.count_steps(config, sum(map(len, sources)))
     if config.optimizer.warmup_steps >= steps:
         raise ValueError(
             f"optimizer.warmup_steps: got {config.optimizer.warmup_steps}, expected fewer than the "

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from megatron_opd import build
+from megatron_opd import build, inputs
 from megatron_opd import config as cfg
 from megatron_opd.bench import Bench, Who
 from megatron_opd.evaluation import is_right, text_of
@@ -82,7 +82,7 @@ class Pair:
 
 def _first_step(config: cfg.Config, sources: Sequence[Sequence[Prompt]]) -> list[Prompt]:
     """Return the prompts of the first step, after checking that they can be verified."""
-    taken = build.build_stream(config, sources).take(config.train.prompts_per_step)
+    taken = inputs.build_stream(config, sources).take(config.train.prompts_per_step)
     for prompt in taken:
         if prompt.answer is None:
             raise ValueError(

@@ -13,8 +13,8 @@ import pyarrow.parquet
 import pytest
 
 from megatron_opd import platform
-from megatron_opd.build import load_tokenizer
 from megatron_opd.config_file import load_config
+from megatron_opd.inputs import load_tokenizer
 from tests.tokenizers import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
