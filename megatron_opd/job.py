@@ -1,6 +1,5 @@
 """One job: the parts that its config asks for, and what is kept of their work."""
 
-import json
 import logging
 import re
 from dataclasses import replace
@@ -8,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_opd import ahead, build, checkpoint, cost, inputs, schedule
+from megatron_opd import ahead, build, checkpoint, cost, inputs, schedule, transcript
 from megatron_opd import config as cfg
 from megatron_opd.advantage import of_tokens, summary, with_advantages
 from megatron_opd.ahead import Ahead, key
@@ -318,25 +317,9 @@ class Job:
         every = self.config.run.save_rollouts_every
         if not every or step % every or not self.parallel.is_main:
             return
-        folder = self.folder / "rollouts"
-        folder.mkdir(exist_ok=True)
-        with (folder / f"step_{step:06d}.jsonl").open("w") as file:
-            for rollout in rollouts:
-                file.write(json.dumps(self._as_text(rollout), ensure_ascii=False) + "\n")
-
-    def _as_text(self, rollout: Rollout) -> dict:
-        return {
-            "prompt": rollout.prompt.text,
-            "response": self.tokenizer.decode(rollout.response_ids),
-            "answer": rollout.prompt.answer,
-            "finish": rollout.finish,
-            "drawn": rollout.drawn,
-            "masked": rollout.masked,
-            **({} if rollout.reward is None else {"reward": rollout.reward}),
-            "tokens": len(rollout.response_ids),
-            "logp_mean": sum(rollout.logp) / len(rollout.logp),
-            **_top(rollout),
-        }
+        transcript.write(
+            self.folder / "rollouts" / f"step_{step:06d}.jsonl", rollouts, self.tokenizer
+        )
 
     def saves_at(self, step: int) -> bool:
         """Say whether a checkpoint is due after `step`."""
@@ -384,9 +367,3 @@ def _sampled(scores: Scores | None) -> Tensor:
     """Return the teacher's log q(y), as which alone it answers where rewards are compared."""
     assert isinstance(scores, SampledScores)
     return scores.logp_N
-
-
-def _top(rollout: Rollout) -> dict[str, list]:
-    """Return the engine's most likely ids and their log-probabilities, where they were kept."""
-    kept = {"top_ids": rollout.top_ids, "top_logp": rollout.top_logp}
-    return {name: x.tolist() for name, x in kept.items() if x is not None}

@@ -66,7 +66,8 @@ class Writer:
         tp, pp = (parallel.tp, parallel.pp) if parallel else (tp, 1)
         keys: dict[str, Any] = {
             "student": {"path": path, "dtype": dtype},
-            "parallel": {"tp": tp, "pp": pp},
+            # experts that are split want sequences cut, though only their training needs it
+            "parallel": {"tp": tp, "pp": pp, "sequence_parallel": tp > 1},
             "data": {"prompts": ["-"], "max_prompt_tokens": max_prompt_tokens, **(data or {})},
             "rollout": {"engine": engine, "max_tokens": max_tokens, "batch_size": batch_size},
             # the one objective without a teacher; nothing is trained
@@ -79,7 +80,7 @@ class Writer:
         config = load_config([], [f"{name}={json.dumps(value)}" for name, value in keys.items()])
         if parallel is not None:
             return cls(config, parallel)
-        joined = mesh.initialize(tp)
+        joined = mesh.initialize(tp, sequence_parallel=tp > 1)
         try:
             return cls(config, joined, leave=True)
         except ValueError:

@@ -71,6 +71,7 @@ MAY_IMPORT = {
     "judging": {"step", "teacher", "types"},
     "step": {"config", "loss", "metrics", "model", "offload", "parallel", "platform", "types"},
     "told": {"types"},
+    "transcript": {"types"},
     "bench": {
         "build",
         "config",

@@ -44,6 +44,13 @@ def test_the_layout_of_ranks_does_not_change_what_is_written(home):
             assert ids(rollouts) == ids(one)
 
 
+def test_a_mixture_of_experts_is_split_too(home, tmp_path):
+    model = make_model(tmp_path / "model", family="qwen3_moe")
+    (one, *_), *_ = run_ranks(_write, 1, model, home[1], 1, 1)
+    for rollouts, *_ in run_ranks(_write, 2, model, home[1], 2, 1):
+        assert ids(rollouts) == ids(one)
+
+
 def test_replicas_without_a_prompt_write_nothing(home):
     for rollouts, again, _ in run_ranks(_write, 3, *home, 1, 1):
         assert len(rollouts) == 7 and ids(again) == ids(rollouts[2:4])

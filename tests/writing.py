@@ -8,10 +8,10 @@ from tests.prompts import write
 from tests.tokenizers import train_tokenizer
 
 
-def make_model(folder: Path, seed: int = 0) -> Path:
+def make_model(folder: Path, seed: int = 0, family: str = "qwen3") -> Path:
     """Write a tiny model that writes any byte, and now and then ends."""
     train_tokenizer(folder)
-    model = hf_model("qwen3", seed=seed, vocab_size=260, num_hidden_layers=2)
+    model = hf_model(family, seed=seed, vocab_size=260, num_hidden_layers=2)
     model.generation_config.eos_token_id = list(range(2, 22))  # or it would never stop
     model.save_pretrained(folder)
     return folder

@@ -98,7 +98,10 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         options.json.write_text(json.dumps(table.as_json(setting, found), indent=2) + "\n")
     if not found:
-        print("nothing fits; --why tp=8,pp=2 says what a layout needs")
+        print(
+            "nothing fits; --why tp=8,pp=2 says what a layout needs, and train.recompute=full, "
+            "teacher.offload=true and optimizer.offload=true make it need less"
+        )
         return 1
     print(table.comparison(found))
     return 0

@@ -107,17 +107,17 @@ def check_networks(config: Config) -> None:
     if config.eval.prompts and config.eval.max_tokens:  # only the student sees those
         longest = {"eval.max_tokens": config.eval.max_tokens}
         _check_positions("student", config.student.path, prompt | longest)
-    axes = config.parallel
+    axes, student = config.parallel, architecture(config.student.path)
     transformer_config(
-        architecture(config.student.path),
+        student,
         build.megatron_fields(config),
         dtype=build.DTYPES[config.student.dtype],
         tp=axes.tp,
         pp=axes.pp,
         vpp=axes.vpp,
         cp=axes.cp,
-        ep=axes.ep,
-        etp=axes.etp,
+        ep=axes.ep if student.experts else 1,  # they may be the teacher's alone
+        etp=axes.etp if student.experts else None,
         sequence_parallel=axes.sequence_parallel and axes.tp > 1,
     )
     ddp_config(config.ddp, distributed=config.optimizer.distributed)
