@@ -15,7 +15,7 @@ from megatron_opd.model.weights import exported
 from megatron_opd.rollout import Sampling
 from tests.distributed import run_ranks
 from tests.hf import write_checkpoint
-from tests.rollout.needs_vllm import NEEDS_VLLM
+from tests.rollout.needs_vllm import LATENT, NEEDS_VLLM
 from tests.rollout.student import training_logits
 from tests.tiny import make_prompts
 from tests.tokenizers import train_tokenizer
@@ -34,16 +34,6 @@ FAMILIES = {
     "experts": "qwen3_moe",
     "latent": "deepseek_v2",
 }
-LATENT = {  # the heads that vLLM has such attention for on a CPU
-    "std": 0.05,  # they are wide: attention scores of hundreds would magnify rounding
-    "moe_intermediate_size": 64,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "n_group": 1,
-    "topk_group": 1,
-}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +46,8 @@ def checkpoints(tmp_path_factory):
             root, family = tmp_path_factory.mktemp(kind), FAMILIES[kind]
             sizes = SIZES | ({"head_dim": 32} if "qwen3" in family else {})
             sizes |= {"moe_intermediate_size": 64} if "moe" in family else {}
-            sizes |= LATENT if kind == "latent" else {}
+            if kind == "latent":  # its heads are wide: scores of hundreds would magnify rounding
+                sizes |= LATENT | {"std": 0.05}
             for seed in (0, 1):
                 write_checkpoint(root / str(seed), family, seed=seed, **sizes)
                 train_tokenizer(root / str(seed))

@@ -8,7 +8,7 @@ from tests.distributed import run_ranks
 from tests.hf import hf_model, write_checkpoint
 from tests.model.layouts import LAYOUTS, join, sequences
 from tests.model.test_gpt import reference
-from tests.rollout.needs_vllm import NEEDS_VLLM
+from tests.rollout.needs_vllm import LATENT, NEEDS_VLLM
 
 pytestmark = NEEDS_VLLM
 
@@ -16,15 +16,7 @@ SIZES = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2}
 OWN = {  # with heads of sizes that vLLM has attention for on a CPU
     "gemma": {"head_dim": 32},
     "mixtral": {},
-    "deepseek_v2": {
-        "moe_intermediate_size": 64,
-        "kv_lora_rank": 512,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-        "n_group": 1,
-        "topk_group": 1,
-    },
+    "deepseek_v2": LATENT,
 }
 
 
