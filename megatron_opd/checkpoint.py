@@ -30,10 +30,7 @@ from megatron_opd.step import Student
 from megatron_opd.teacher.ema import EmaTeacher
 
 # the only sharding of the optimiser that may be resumed in another layout
-METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,  # with ep > 1, experts have an optimiser of their own
-}
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def save(
@@ -95,11 +92,9 @@ def load(
         wanted = _sharded(student, averages, loading=True)
         loaded: Any = dist_checkpointing.load(wanted, str(path))
         student.model.load_state_dict(loaded["model"])
-        parts = {
-            i: _regroup(loaded["optimizer"][i], part, state["step"])
-            for i, part in wanted["optimizer"].items()
-        }
-        student.optimizer.load_state_dict(parts if len(parts) > 1 else parts[0])
+        for i, optimizer in _parts(student.optimizer).items():
+            part = loaded["optimizer"].get(i, {})
+            optimizer.load_state_dict(_regroup(part, wanted["optimizer"][i], state["step"]))
         for name, teacher in averages.items():
             teacher.restore([loaded[_prefix(name)][i] for i in range(len(teacher.masters))])
         _after_load(student.optimizer)
@@ -122,8 +117,10 @@ def _sharded(
     student: Student, averages: Mapping[str, EmaTeacher], *, loading: bool
 ) -> dict[str, Any]:
     model = sharded_weights(student.model)
-    state = student.optimizer.sharded_state_dict(model, is_loading=loading, metadata=METADATA)
-    parts = state if len(_chained(student.optimizer)) > 1 else {0: state}
+    how = {"is_loading": loading, "metadata": METADATA}
+    parts = {
+        i: part.sharded_state_dict(model, **how) for i, part in _parts(student.optimizer).items()
+    }
     # they lie as the student's weights do, as the states of an optimiser would
     places = get_param_id_to_sharded_param_map(model, student.model.parameters())
     means = {
@@ -139,8 +136,8 @@ def _sharded(
 def _regroup(part: dict[str, Any], wanted: dict[str, Any], step: int) -> dict[str, Any]:
     """Return what was loaded of an optimiser with its own groups, after so many updates.
 
-    Those that were saved may be of another number: with ep > 1, experts have an optimiser of their
-    own. What else groups hold is the config's and the schedule's to say.
+    Those that were saved may be of another number (see `_parts`). What else groups hold is the
+    config's and the schedule's to say.
     """
     part = {**wanted, **part}
     held = part["optimizer"] if "optimizer" in wanted else part
@@ -186,12 +183,17 @@ def _patch_distributed_optimizer() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
 
 
-def _chained(optimizer: Any) -> list[Any]:
-    return getattr(optimizer, "chained_optimizers", [optimizer])
+def _parts(optimizer: Any) -> dict[int, Any]:
+    """Return the optimisers that one consists of, by their numbers, but for those of nothing.
+
+    With ep > 1 experts have one of their own, and a stage may have none of them.
+    """
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return {i: part for i, part in enumerate(chained) if part.get_parameters()}
 
 
 def _torch_adamws(optimizer: Any):
-    for part in _chained(optimizer):
+    for part in _parts(optimizer).values():
         if isinstance(getattr(part, "optimizer", None), torch.optim.Adam | torch.optim.AdamW):
             yield part.optimizer
 

@@ -31,6 +31,8 @@ LAYOUTS = {
     "CP2": (2, ["parallel.cp=2"]),
     "TP2·CP2": (4, ["parallel.tp=2", "parallel.cp=2"]),
     "EP2": (2, ["parallel.ep=2"]),
+    # every other layer has experts: the first stage has none
+    "PP2·VPP2·EP2": (4, ["parallel.pp=2", "parallel.vpp=2", "parallel.ep=2"]),
 }
 MOVES = [
     ("one", "TP2·PP2"),
@@ -42,7 +44,7 @@ MOVES = [
 ]
 
 
-EXPERTS = [("EP2", "one"), ("TP2·SP", "EP2")]
+EXPERTS = [("PP2·VPP2·EP2", "one"), ("TP2·SP", "EP2")]
 
 
 @pytest.fixture(scope="module")
