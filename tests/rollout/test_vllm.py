@@ -72,7 +72,7 @@ def _engine(model, parallel, folder, *, tp=1, **how):
 
 def _before_and_after(rank, layout, tp, folders, how):
     """Rollouts with one checkpoint's weights, then with the other's."""
-    parallel = mesh.initialize(*layout)
+    parallel = mesh.initialize(*layout, sequence_parallel=True)  # experts are not trained without
     model = _model(folders[0], parallel)
     engine, found = _engine(model, parallel, folders[0], tp=tp, **how), []
     for folder in folders:
