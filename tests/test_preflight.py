@@ -36,6 +36,24 @@ def test_what_a_dataset_is_not_asked_for_is_idle_and_not_refused(home):
         assert f"rollout.{name}: has no effect in this config" in warnings
 
 
+@pytest.mark.parametrize(
+    ("objective", "told"),
+    [
+        ("{support: teacher_topk, k: 5}", "served by topk, 40 bytes a token"),
+        ("{support: sampled, form: policy_gradient}", "served by sampled, 4 bytes a token"),
+        ("{support: student_topk}", None),
+    ],
+)
+def test_more_than_the_objective_wants_between_two_meshes_is_said(home, objective, told):
+    own = ["parallel.tp=2", "teacher.parallel={tp: 1}", f"objective={objective}"]
+    said = [line for line in check(load(*own), 2) if "between the meshes" in line]
+    assert len(said) == (told is not None) and all(told in line for line in said)
+    less = "topk" if "topk" in objective else "sampled"
+    if told:
+        assert check(load(*own, f"teacher.payload={less}"), 2) == []
+    assert check(load(f"objective={objective}"), 1) == []
+
+
 def test_the_plan_counts_steps_sequences_and_tokens(home):
     plan = preflight(load("parallel.tp=2", "train.epochs=3"), world=4)
     template = len(train_tokenizer(home / "again")("<|im_start|>user\n<|im_end|>\n").input_ids)

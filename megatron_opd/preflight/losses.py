@@ -119,3 +119,23 @@ def without_comparison(config: Config) -> Iterator[str]:
             "rollout.n=1: a response has no other to be compared with, so that its advantage is "
             "its reward"
         )
+
+
+def larger_payloads(config: Config) -> Iterator[str]:
+    """Yield which teacher sends more between its mesh and the student's than the objective wants.
+
+    It is not changed for the user: what looks at the teacher's whole distribution, as most metrics
+    do, would be gone.
+    """
+    objectives = [build.build_objective(end) for end in schedule.ends(config)]
+    for name, teacher in config.judging.items():
+        if teacher.parallel is None or teacher.payload != "hidden":
+            continue
+        for payload, bytes_of in (("sampled", 4), ("topk", 8 * max(o.k for o in objectives))):
+            if not any(why for o in objectives for why in o.needs_hidden(topk=payload == "topk")):
+                yield (
+                    f"{key_of_teacher(name)}.payload=hidden: the objective is served by {payload}, "
+                    f"{bytes_of} bytes a token between the meshes instead of a hidden state; "
+                    "metrics of the teacher's whole distribution are what hidden states buy"
+                )
+                break

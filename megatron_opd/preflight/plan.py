@@ -13,7 +13,7 @@ from megatron_opd.config_rules import cautions
 from megatron_opd.metrics import check_mirrors
 from megatron_opd.model import check_files
 from megatron_opd.parallel import check_layout
-from megatron_opd.preflight.losses import check_objective, without_comparison
+from megatron_opd.preflight.losses import check_objective, larger_payloads, without_comparison
 from megatron_opd.preflight.models import (
     axes_of,
     check_model_folder,
@@ -105,6 +105,7 @@ def check(config: Config, world: int, *, dry_run: bool = False, writes: bool = T
     if writes:
         _check_run(config)
     warnings = [*cautions(config), *schedule.idle(config), *without_comparison(config)]
+    warnings += larger_payloads(config)
     _stop_at(_obstacles(config), warnings, dry_run=dry_run)
     _check_ranks(config, world)
     check_networks(config)
